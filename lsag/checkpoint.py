@@ -1,0 +1,142 @@
+"""Checkpoint files: plain data that says all about a model, written whole or not at all, and checked when read."""
+
+import io
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lsag.config import Preset, validate_preset
+from lsag.errors import InputError, LsagError, OutputError, UsageError
+from lsag.model import LSAG
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model ready for evaluation, with what is needed to use it."""
+
+    model: LSAG
+    preset: Preset
+    classes: tuple[str, ...]
+    epoch: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` to `path`: whole and synced to disk, or OutputError and `path` as it was before."""
+    contents = {
+        "format": FORMAT,
+        "kind": "lsag",
+        "preset": checkpoint.preset.model_dump(mode="json"),
+        "classes": list(checkpoint.classes),
+        "epoch": checkpoint.epoch,
+        "metrics": checkpoint.metrics,
+        "model": checkpoint.model.state_dict(),
+    }
+    with replacing(path) as file:
+        torch.save(contents, file)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """A binary file that takes the name `path` only once it is written and synced. OutputError when that fails."""
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except LsagError:
+        raise
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise OutputError(f"cannot write {path}: {reason}", "free space or choose another place") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint that lsag wrote; the model is on the CPU and in evaluation mode.
+
+    Every byte is checked against the file's checksums, and only plain data is read (`weights_only`).
+    Raises InputError for a file that is missing, damaged, of another kind, or of a newer format.
+    """
+    path = Path(path)
+    contents = _read(path)
+    if not isinstance(contents, dict) or contents.get("kind") != "lsag":
+        kind = " (weights of another project? the authors' own: lsag convert)" if isinstance(contents, dict) else ""
+        raise InputError(f"{path} is not an lsag checkpoint{kind}", "give a file that lsag train or lsag convert wrote")
+    if contents.get("format") != FORMAT:
+        raise InputError(f"{path} has checkpoint format {contents.get('format')}, this lsag reads {FORMAT}", "upgrade lsag")
+    try:
+        preset = validate_preset(contents["preset"], origin=f"the preset in {path}")
+        classes, weights = tuple(contents["classes"]), contents["model"]
+        epoch, metrics = int(contents["epoch"]), dict(contents["metrics"])
+        if len(classes) != preset.model.num_classes:
+            raise ValueError(f"{len(classes)} class names for {preset.model.num_classes} classes")
+        with torch.device("meta"):
+            model = LSAG(preset.model)
+        _check_weights(weights, model.state_dict())
+        model.load_state_dict(weights, assign=True)
+        model.requires_grad_(True)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = error.what if isinstance(error, UsageError) else error
+        raise InputError(f"{path} does not hold what its format promises: {reason}", "use an undamaged file") from error
+    return Checkpoint(model.eval(), preset, classes, epoch, metrics)
+
+
+def _read(path: Path) -> Any:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read checkpoint {path}: {error.strerror}", "check the path") from error
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or sum(entry.file_size for entry in entries) > len(data):
+                raise InputError(f"{path} is compressed, as no checkpoint is", "give a file that lsag wrote")
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise InputError(f"{path} is truncated or damaged (checksum of {damaged})", "use an undamaged file")
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not a checkpoint, or is truncated or damaged", "give a file that lsag wrote") from error
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types for a file that is not its own
+        reason = "it contains objects that are not plain data" if "Unsupported" in str(error) else "not written by torch.save"
+        raise InputError(f"{path} was refused: {reason}", "the authors' own files: lsag convert") from error
+
+
+def _check_weights(weights: Any, wanted: dict[str, torch.Tensor]) -> None:
+    problems = [f"{key} is missing" for key in wanted if key not in weights]
+    problems += [f"{key} is unknown" for key in weights if key not in wanted]
+    problems += [
+        f"{key} is {weights[key].dtype} {tuple(weights[key].shape)}, not {value.dtype} {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in weights and (weights[key].shape != value.shape or weights[key].dtype != value.dtype)
+    ]
+    problems += [f"{key} is not finite" for key in wanted if key in weights and not weights[key].isfinite().all()]
+    if problems:
+        raise ValueError(f"{len(problems)} weights do not fit: {'; '.join(problems[:3])}")

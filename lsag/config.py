@@ -1,0 +1,326 @@
+"""Presets: what a model is and how it is trained, as validated, frozen data.
+
+Everything here is plain Python and pydantic; torch is not imported, so that the command line answers at once.
+"""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+
+from lsag.errors import UsageError
+
+DatasetName = Literal["digits", "cifar10", "cifar100", "imagenet", "folder"]
+# Strict scalars: "10" or true is no number, while a list may stand for a tuple.
+Integer = Annotated[int, Strict()]
+Real = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Positive = Annotated[Integer, Field(gt=0)]
+NonNegativeInteger = Annotated[Integer, Field(ge=0)]
+NonNegative = Annotated[Real, Field(ge=0)]
+Probability = Annotated[Real, Field(ge=0, le=1)]
+BelowOne = Annotated[Real, Field(ge=0, lt=1)]
+PositiveReal = Annotated[Real, Field(gt=0)]
+Shift = tuple[Integer, Integer]
+
+MAX_PRESET_BYTES = 1_000_000
+
+
+class DatasetInfo(NamedTuple):
+    """What is known of a dataset before it is opened. `mean` and `std` are per channel, for pixels in 0..1."""
+
+    num_classes: int
+    train_images: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+# The paper's section 3.3 follows DeiT: ImageNet statistics as in timm, CIFAR's as in the authors' release.
+DATASETS: dict[str, DatasetInfo] = {
+    "digits": DatasetInfo(10, 1_437, (0.3053,), (0.3763,)),
+    "cifar10": DatasetInfo(10, 50_000, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "cifar100": DatasetInfo(100, 50_000, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": DatasetInfo(1000, 1_281_167, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StageConfig(_Frozen):
+    """One level of the pyramid: `depth` blocks at one resolution and width (paper, Table 2)."""
+
+    embed_dim: Positive
+    depth: Positive
+    num_heads: Positive
+    num_kv_heads: Positive = Field(default_factory=lambda fields: fields.get("num_heads", 1))
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+
+class ModelConfig(_Frozen):
+    """The network: paper section 3 and Table 2. Sizes in pixels, shifts as (px, py), px to the right and py down."""
+
+    image_size: Positive
+    in_channels: Literal[1, 3] = 3
+    num_classes: Positive
+    shifts: tuple[Shift, ...] = Field(min_length=1)
+    patch_kernel: Positive
+    patch_stride: Positive
+    patch_padding: NonNegativeInteger
+    shift_mode: Literal["roll", "extend"] = "roll"
+    mlp_ratio: PositiveReal = 4.0
+    drop_path: BelowOne = 0.1
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.shifts[0] != (0, 0):
+            raise ValueError(f"the first of shifts is the unshifted variant [0, 0], not {list(self.shifts[0])}")
+        if self.shift_mode == "extend" and min(min(shift) for shift in self.shifts) < 0:
+            raise ValueError("shift_mode 'extend' takes no negative shifts; use 'roll'")
+        if max(abs(p) for shift in self.shifts for p in shift) >= self.image_size:
+            raise ValueError(f"a shift must be smaller than image_size {self.image_size}")
+        if self.image_size % self.patch_stride:
+            below = self.image_size // self.patch_stride * self.patch_stride
+            nearest = " or ".join(str(size) for size in (below, below + self.patch_stride) if size)
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_stride {self.patch_stride}; use {nearest}"
+            )
+        if self.patch_kernel > self.image_size + 2 * self.patch_padding:
+            raise ValueError(f"patch_kernel {self.patch_kernel} is larger than the padded image")
+        if self.patch_padding >= self.patch_kernel:
+            raise ValueError(f"patch_padding {self.patch_padding} must be smaller than patch_kernel {self.patch_kernel}")
+        return self
+
+    @property
+    def num_variants(self) -> int:
+        """T, the number of shifted copies of the image."""
+        return len(self.shifts)
+
+    @property
+    def grid_sizes(self) -> tuple[int, ...]:
+        """Patches along one side of the image, per stage: each stage halves it, rounding up (section 3.2)."""
+        sides = [(self.image_size + 2 * self.patch_padding - self.patch_kernel) // self.patch_stride + 1]
+        for _ in self.stages[1:]:
+            sides.append(math.ceil(sides[-1] / 2))
+        return tuple(sides)
+
+
+class DataConfig(_Frozen):
+    """The dataset, and how an image becomes the model's input."""
+
+    dataset: DatasetName
+    mean: tuple[Real, ...]
+    std: tuple[PositiveReal, ...]
+    train_crop: Literal["padded", "resized"]
+    """'padded': random crop after padding by `crop_padding`; 'resized': random resized crop (DeiT)."""
+    crop_padding: NonNegativeInteger = 4
+    eval_resize: Positive | None = None
+    """Shorter side, in pixels, before the centre crop of evaluation; None: the image size itself."""
+    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+
+
+class AugmentConfig(_Frozen):
+    """Augmentation and regularisation of the targets: DeiT's, without repeated augmentation (section 3.3)."""
+
+    hflip: Probability = 0.5
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    random_erasing: Probability = 0.25
+    mixup: NonNegative = 0.8
+    cutmix: NonNegative = 1.0
+    mixup_prob: Probability = 1.0
+    mixup_switch_prob: Probability = 0.5
+    label_smoothing: BelowOne = 0.1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_none(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("rand_augment") in ("", "none"):
+            return {**fields, "rand_augment": None}
+        return fields
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed, so that targets become distributions."""
+        return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+
+class TrainConfig(_Frozen):
+    """The optimisation: AdamW, linear warm-up, cosine (section 3.3). Learning rates are per 512 images of a batch."""
+
+    epochs: Positive = 300
+    batch_size: Positive
+    """Images in one optimizer step, over all devices."""
+    lr: PositiveReal = 5e-4
+    warmup_lr: NonNegative = 1e-6
+    min_lr: NonNegative = 1e-5
+    warmup_epochs: NonNegative = 5
+    weight_decay: NonNegative = 0.05
+    clip_grad: PositiveReal = 5.0
+    seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}")
+        return self
+
+
+class PaperFigures(_Frozen):
+    """What the paper prints for this model, for comparison only. The paper's "GFLOPs" are multiply-accumulates."""
+
+    params_m: float
+    gmacs: float | None = None
+    images_per_second: float | None = None
+    top1: dict[str, float] = {}
+
+
+class Preset(_Frozen):
+    """A complete, reproducible description of a model and its training."""
+
+    name: str = Field(min_length=1)
+    description: str = ""
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig
+    paper: PaperFigures | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        channels = self.model.in_channels
+        if len(self.data.mean) != channels or len(self.data.std) != channels:
+            raise ValueError(f"data.mean and data.std need {channels} values each, one per model.in_channels")
+        if self.data.eval_resize is not None and self.data.eval_resize < self.model.image_size:
+            raise ValueError(f"data.eval_resize {self.data.eval_resize} is below model.image_size {self.model.image_size}")
+        if self.augment.mixes and self.train.batch_size % 2:
+            raise ValueError(f"train.batch_size {self.train.batch_size} must be even while mixup or cutmix is on")
+        if self.augment.rand_augment and channels != 3:
+            raise ValueError("augment.rand_augment needs colour images (model.in_channels = 3); set it to 'none'")
+        return self
+
+    def with_dataset(self, dataset: str) -> "Preset":
+        """This preset on another dataset, with that dataset's classes and pixel statistics.
+
+        `folder` keeps both: its classes are counted when it is opened. A grey preset stays grey only on `digits`.
+        """
+        if dataset == self.data.dataset:
+            return self
+        values = self.model_dump()
+        values["data"]["dataset"] = dataset
+        known = DATASETS.get(dataset)
+        if known is not None:
+            values["data"] |= {"mean": known.mean, "std": known.std}
+            values["model"] |= {"num_classes": known.num_classes, "in_channels": len(known.mean)}
+        return validate_preset(values, origin=f"preset {self.name} on {dataset}")
+
+    def with_classes(self, num_classes: int) -> "Preset":
+        """This preset with a head for `num_classes` classes."""
+        values = self.model_dump()
+        values["model"]["num_classes"] = num_classes
+        return validate_preset(values, origin=f"preset {self.name}")
+
+
+def preset_paths() -> dict[str, Path]:
+    """The presets that come with the package, by name."""
+    here = Path(__file__).parent
+    # In a wheel they lie inside the package; in a checkout beside it.
+    folder = next(path for path in (here / "presets", here.parent / "presets") if path.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_preset(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Preset:
+    """Load a preset by name, or from a TOML file, with dotted-key `overrides` such as {"train.epochs": 10}.
+
+    Raises UsageError (a ValueError) that names every field at fault.
+    """
+    known = preset_paths()
+    path = known.get(str(name_or_path), Path(name_or_path))
+    if not path.is_file():
+        raise UsageError(f"no preset or file '{name_or_path}'{_did_you_mean(str(name_or_path), known)}", "see: lsag presets")
+    try:
+        if path.stat().st_size > MAX_PRESET_BYTES:
+            raise UsageError(f"{path} is too large for a preset", "give a TOML file")
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}", "correct the file") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+    values.setdefault("name", path.stem)
+    for key, value in (overrides or {}).items():
+        _set_by_path(values, key, value)
+    return validate_preset(values, origin=f"preset {path.stem}")
+
+
+def validate_preset(values: Mapping[str, Any], *, origin: str) -> Preset:
+    """A Preset from plain data, or one UsageError that lists all that is wrong with it, beginning with `origin`."""
+    try:
+        return Preset.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{origin}: {'; '.join(_explain(problem) for problem in error.errors())}", "correct it") from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split 'a.b=value' into its key and its value; the value is read as TOML, or else taken as a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {text!r} is not of the form key=value", "for example --set train.epochs=10")
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+        return key.strip(), parsed["value"] if len(parsed) == 1 else value
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return key.strip(), value
+
+
+def _set_by_path(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node: Any = values
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = value
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise UsageError(f"no setting '{key}'", "see the preset's keys with: lsag train --dry-run") from error
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        fields = _fields_at(problem["loc"][:-1])
+        return f"unknown key {where}{_did_you_mean(str(problem['loc'][-1]), fields)}"
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    got = problem["input"]
+    shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
+    return f"{where}: {message}{shown}" if where else message
+
+
+def _fields_at(loc: tuple[Any, ...]) -> list[str]:
+    sections: dict[str, type[BaseModel]] = {
+        "": Preset,
+        "model": ModelConfig,
+        "stages": StageConfig,
+        "data": DataConfig,
+        "augment": AugmentConfig,
+        "train": TrainConfig,
+        "paper": PaperFigures,
+    }
+    names = [part for part in loc if isinstance(part, str)]
+    return list(sections[names[-1] if names else ""].model_fields)
+
+
+def _did_you_mean(word: str, choices: Any) -> str:
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f", did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,114 @@
+"""Checkpoints of the authors' release, brought into this project's layout."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lsag.config import ModelConfig
+from lsag.errors import InputError
+from lsag.model import LSAG
+
+_RENAMED = (
+    (".Wq_even.", ".q."),
+    (".Wq_odd.", ".q."),
+    (".Wkv_even.", ".kv."),
+    (".Wkv_odd.", ".kv."),
+)
+
+
+def read_released(path: Path) -> dict[str, Tensor]:
+    """The weights of a released file: a dict with the key `model` or `state_dict`, or the weights themselves.
+
+    Loaded with `weights_only`; of other objects only the release's `argparse.Namespace` is let in. InputError otherwise.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist", "check the path") from error
+    except Exception as error:  # torch.load raises many types for a file that is not its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} is not a checkpoint that can be read safely: {reason}", "give a released .pth") from error
+    if isinstance(contents, dict):
+        for key in ("model", "state_dict"):
+            contents = contents.get(key, contents)
+    if not isinstance(contents, dict) or not all(isinstance(value, Tensor) for value in contents.values()):
+        raise InputError(f"{path} holds no weights under 'model' or 'state_dict'", "give a released .pth")
+    return contents
+
+
+def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG:
+    """A model with the released weights `state_dict`, whose logits are those of the released code.
+
+    `config.shifts` lists the variants as section 4 of the paper does. `config.shift_mode` tells the family: the CIFAR
+    code ("roll") reads each tuple of that list as (vertical, horizontal), so the returned model's own config holds the
+    transposed tuples; the ImageNet code ("extend") reads (horizontal, vertical), as the paper does.
+
+    Raises InputError (a ValueError) that names the keys that are missing, unknown or of another shape.
+    """
+    if config.shift_mode == "roll":
+        # Departure: the paper says (Px horizontal, Py vertical); the released CIFAR code transposes them.
+        config = config.model_copy(update={"shifts": tuple((py, px) for px, py in config.shifts)})
+    source = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    model = LSAG(config)
+    wanted = model.state_dict()
+    converted: dict[str, Tensor] = {}
+    for kind in ("weight", "bias"):
+        names = [f"to_patch_embedding.projections.{s}.{kind}" for s in range(config.num_variants)]
+        if all(name in source for name in names):
+            converted[f"embed.conv.{kind}"] = torch.cat([source.pop(name) for name in names])
+    for key, value in source.items():
+        if key == "layers.0.0.pos_emb" and value.dim() == 3:
+            converted["embed.pos"] = value.transpose(0, 1)
+        else:
+            converted[_rename(key)] = value
+    missing = [key for key in wanted if key not in converted]
+    unknown = [key for key in converted if key not in wanted]
+    misshapen = [
+        f"{key} is {_shape(converted[key])}, the model has {_shape(value)}"
+        for key, value in wanted.items()
+        if key in converted and converted[key].shape != value.shape
+    ]
+    problems = [
+        f"{len(keys)} {what}: {', '.join(keys[:3])}"
+        for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
+        if keys
+    ]
+    if problems:
+        fix = "choose the preset of these weights"
+        if any(".kv." in line for line in misshapen):
+            fix += "; the release shares one key/value head in all CIFAR models: --set model.stages.0.num_kv_heads=1, ..."
+        raise InputError(f"the released weights do not fit: {'; '.join(problems)}", fix)
+    model.load_state_dict(converted)
+    return model
+
+
+def _rename(key: str) -> str:
+    """The key of ours that a released key becomes; a key it does not know comes back changed or not, and is refused."""
+    parts = key.split(".")
+    if parts[0] == "mlp_head":
+        return ".".join(["head", *parts[1:]])
+    if parts[0] != "layers" or len(parts) < 4:
+        return key
+    stage, part, rest = int(parts[1]), parts[2], parts[3:]
+    if part == "1":  # the release puts the downsampling at the end of a stage, we at the start of the next
+        return ".".join(["stages", str(stage + 1), "down", *rest])
+    if rest[0] == "pos_emb":
+        return f"stages.{stage}.pos"
+    if rest[0] == "layers":
+        block, half, name = rest[1:4]
+        where = f"stages.{stage}.blocks.{block}."
+        if half == "1":
+            return where + "mlp." + {"fc1": "0", "fc2": "2"}.get(name, name) + f".{rest[-1]}"
+        tail = f".{name}.{rest[-1]}"
+        for old, new in _RENAMED:
+            tail = tail.replace(old, new)
+        return where + "attn" + tail
+    return ".".join(["stages", str(stage), *rest])
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))

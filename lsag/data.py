@@ -1,0 +1,312 @@
+"""Datasets and loaders. Augmentation is timm's; what is random depends on (seed, epoch, image) and on nothing else."""
+
+import hashlib
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.data import create_transform
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets, transforms
+
+from lsag.config import DATASETS, DataConfig, Preset
+from lsag.errors import InputError, UnavailableError, UsageError
+
+MAX_PIXELS = 50_000_000
+EVAL_FOLDERS = {"imagenet": ("val",), "folder": ("val", "test")}
+Item = tuple[Tensor, int] | InputError
+
+
+class Source(Protocol):
+    """Decoded images with their labels; `classes[label]` is a label's name."""
+
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message or a table: its path, or its position."""
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The image, in mode L or RGB, and its label. InputError for one that cannot be read."""
+
+
+class ArraySource:
+    """Images held in memory as one uint8 array (N, height, width) or (N, height, width, 3)."""
+
+    def __init__(self, images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> None:
+        self.images, self.labels, self.classes = images, list(map(int, labels)), list(classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), self.labels[index]
+
+
+class FolderSource:
+    """Images in one folder for each class, classes in alphabetical order; regular image files only."""
+
+    def __init__(self, root: Path, mode: str) -> None:
+        self.mode = mode
+        try:
+            self.classes, class_to_index = datasets.folder.find_classes(root)
+            self.samples = datasets.folder.make_dataset(
+                root,
+                class_to_index,
+                is_valid_file=lambda path: Path(path).suffix.lower() in datasets.folder.IMG_EXTENSIONS
+                and not Path(path).name.startswith("."),
+            )
+        except OSError as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise InputError(f"{root}: {reason}", "give a folder with a folder of images for each class") from error
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, index: int) -> str:
+        return self.samples[index][0]
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return open_image(Path(path), self.mode), label
+
+
+def open_image(path: Path, mode: str) -> Image.Image:
+    """Decode an image file upright into `mode` ("L" or "RGB"); 16-bit greys are scaled, not clipped.
+
+    InputError for what is no regular file, no image, damaged, or larger than 50 megapixels.
+    """
+    try:
+        if not path.is_file():
+            raise OSError("not a regular file")
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            if image.width * image.height > MAX_PIXELS:
+                raise OSError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode == "F":
+                raise OSError("floating-point pixels have no agreed range")
+            if upright.mode.startswith("I"):
+                upright = Image.fromarray((np.asarray(upright).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+            return upright.convert(mode)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise InputError(f"cannot read image {path}: {reason}", "repair or remove the file") from error
+
+
+def open_split(dataset: str, data_dir: Path, *, train: bool, in_channels: int, download: bool = True) -> Source:
+    """One split of a dataset: `digits`, `cifar10`, `cifar100`, `imagenet` or `folder`.
+
+    `digits` needs no files; CIFAR is downloaded into `data_dir` where it is absent and `download` allows;
+    `imagenet` and `folder` are `data_dir`/train and `data_dir`/val (or test), each with one folder per class.
+    """
+    if dataset == "digits":
+        return _digits(train)
+    if dataset in ("cifar10", "cifar100"):
+        return _cifar(dataset, data_dir, train=train, download=download)
+    names = ("train",) if train else EVAL_FOLDERS[dataset]
+    root = next((data_dir / name for name in names if (data_dir / name).is_dir()), None)
+    if root is None:
+        wanted = " or ".join(f"{data_dir / name}" for name in names)
+        raise InputError(f"{dataset} is not at {data_dir}: there is no {wanted}", "point --data-dir or $LSAG_DATA at it")
+    source = FolderSource(root, "L" if in_channels == 1 else "RGB")
+    if dataset in DATASETS and len(source.classes) != DATASETS[dataset].num_classes:
+        raise InputError(
+            f"{root} has {len(source.classes)} class folders, {dataset} has {DATASETS[dataset].num_classes}",
+            "use --dataset folder for other images",
+        )
+    return source
+
+
+def _digits(train: bool) -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, 16 greys; a fixed, stratified fifth is held out."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    split = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+    return ArraySource(*(split[0::2] if train else split[1::2]), [str(name) for name in digits.target_names])
+
+
+def _cifar(dataset: str, data_dir: Path, *, train: bool, download: bool) -> Source:
+    kind = datasets.CIFAR10 if dataset == "cifar10" else datasets.CIFAR100
+    try:
+        files = kind(str(data_dir), train=train)
+    except RuntimeError as error:
+        found = data_dir / kind.base_folder
+        state = "is damaged at" if found.exists() else "is not at"
+        if not download:
+            raise InputError(f"{dataset} {state} {found}", "allow the download, or put the extracted archive there") from error
+        try:
+            files = kind(str(data_dir), train=train, download=True)
+        except Exception as failure:  # urllib, tarfile and torchvision each raise their own
+            reason = (str(failure).splitlines() or [type(failure).__name__])[0]
+            raise UnavailableError(
+                f"{dataset} {state} {found} and could not be downloaded: {reason}",
+                f"fetch {kind.filename} by hand and extract it into {data_dir}",
+            ) from failure
+    return ArraySource(files.data, files.targets, files.classes)
+
+
+def check_classes(expected: Sequence[str], found: Sequence[str], *, what: str, where: str) -> None:
+    """InputError with the first differences unless both name the same classes in the same order."""
+    if len(expected) != len(found):
+        raise InputError(f"{what} has {len(expected)} classes, {where} has {len(found)}", "choose data of the same classes")
+    different = [f"{i}: {a!r} against {b!r}" for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b]
+    if different:
+        raise InputError(f"classes of {what} and of {where} differ: {', '.join(different[:5])}", "choose data of the same classes")
+
+
+def random_key(*parts: int | str) -> int:
+    """A 63-bit seed that is a pure function of its parts, such as (seed, "augment", epoch, image)."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+class TrainSet(Dataset[Item]):
+    """Augmented images; an index is (epoch, image), and gives the same pixels in any worker, in any order."""
+
+    def __init__(self, source: Source, preset: Preset) -> None:
+        self.source, self.seed = source, preset.train.seed
+        self.transform = train_transform(preset)
+
+    def __getitem__(self, position: tuple[int, int]) -> Item:
+        key = random_key(self.seed, "augment", *position)
+        # The generators that timm's and torchvision's transforms draw from.
+        random.seed(key)
+        np.random.seed(key & 0xFFFFFFFF)
+        torch.default_generator.manual_seed(key)
+        try:
+            image, label = self.source.load(position[1])
+        except InputError as error:
+            return error  # raised in a worker it would arrive as a traceback
+        return self.transform(image), label
+
+
+class EvalSet(Dataset[Item]):
+    """Images as uint8 tensors (C, image_size, image_size), resized and centre-cropped."""
+
+    def __init__(self, source: Source, preset: Preset) -> None:
+        self.source, self.transform = source, eval_transform(preset)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Item:
+        try:
+            image, label = self.source.load(index)
+        except InputError as error:
+            return error
+        return self.transform(image), label
+
+
+class EpochBatches:
+    """Batch sampler: the (epoch, image) pairs of an epoch in random order; what is left over a full batch is dropped."""
+
+    def __init__(self, num_images: int, preset: Preset) -> None:
+        self.num_images, self.batch_size, self.seed = num_images, preset.train.batch_size, preset.train.seed
+        self.epoch = 0
+        if len(self) == 0:
+            raise UsageError(f"{num_images} training images do not fill one batch of {self.batch_size}", "--set train.batch_size=...")
+
+    def __len__(self) -> int:
+        return self.num_images // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(random_key(self.seed, "order", self.epoch))
+        order = torch.randperm(self.num_images, generator=generator).tolist()
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+
+
+def train_transform(preset: Preset) -> Any:
+    """timm's training transform with the preset's augmentation: PIL image -> normalised (C, size, size) float tensor."""
+    data, augment, size = preset.data, preset.augment, preset.model.image_size
+    transform = create_transform(
+        size,
+        is_training=True,
+        hflip=augment.hflip,
+        color_jitter=None,  # as in DeiT, where RandAugment switches it off
+        auto_augment=augment.rand_augment,
+        interpolation=data.interpolation,
+        mean=data.mean,
+        std=data.std,
+        re_prob=augment.random_erasing,
+        re_mode="pixel",
+    )
+    if data.train_crop == "padded":
+        transform.transforms[0] = transforms.Compose(
+            [_resize(size, data), transforms.RandomCrop(size, padding=data.crop_padding)]
+        )
+    return transform
+
+
+def eval_transform(preset: Preset) -> Any:
+    """PIL image -> uint8 tensor (C, size, size): shorter side to `eval_resize`, centre crop."""
+    size = preset.model.image_size
+    return transforms.Compose(
+        [_resize(preset.data.eval_resize or size, preset.data), transforms.CenterCrop(size), transforms.PILToTensor()]
+    )
+
+
+def _resize(size: int, data: DataConfig) -> transforms.Resize:
+    return transforms.Resize(size, transforms.InterpolationMode(data.interpolation))
+
+
+class Normalize(nn.Module):
+    """uint8 pixels (B, C, height, width) -> floats, scaled to 0..1 and normalised per channel."""
+
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__()
+        mean, std = torch.tensor(data.mean), torch.tensor(data.std)
+        self.register_buffer("scale", (1 / (255 * std)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("offset", (-mean / std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels.to(self.scale.dtype) * self.scale + self.offset
+
+
+def train_loader(source: Source, preset: Preset, *, workers: int, pin: bool = False) -> DataLoader[Any]:
+    """Batches of (images, labels); set `loader.batch_sampler.epoch` before each epoch and read it through `batches`."""
+    return DataLoader(
+        TrainSet(source, preset),
+        batch_sampler=EpochBatches(len(source), preset),
+        collate_fn=_collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin,
+    )
+
+
+def eval_loader(source: Source, preset: Preset, *, batch_size: int, workers: int, pin: bool = False) -> DataLoader[Any]:
+    """Batches of (uint8 images, labels), each image once and in order, to be read through `batches`."""
+    return DataLoader(
+        EvalSet(source, preset), batch_size, collate_fn=_collate, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin
+    )
+
+
+def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches; an image that could not be read is raised here as its InputError."""
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+def _collate(items: list[Any]) -> Any:
+    broken = next((item for item in items if isinstance(item, InputError)), None)
+    if broken is not None:
+        return broken
+    images, labels = zip(*items, strict=True)
+    return torch.stack(images), torch.tensor(labels)

@@ -1,0 +1,42 @@
+"""The errors a user can cause, each with the exit code that the command line gives for it."""
+
+
+class LsagError(Exception):
+    """What went wrong, and what to do about it. `exit_code` is the command line's exit status."""
+
+    exit_code = 70
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(f"{what} — {fix}" if fix else what)
+        self.what = what
+        self.fix = fix
+
+
+class UsageError(LsagError, ValueError):
+    """A name, option or configuration value that cannot be used."""
+
+    exit_code = 2
+
+
+class InputError(LsagError, ValueError):
+    """A dataset, image, checkpoint or ONNX file that is missing, damaged or of another kind."""
+
+    exit_code = 3
+
+
+class UnavailableError(LsagError, RuntimeError):
+    """A device, execution provider, package or network that this machine does not have."""
+
+    exit_code = 4
+
+
+class CheckError(LsagError, RuntimeError):
+    """A check of our own work that failed: an export that differs, a training that diverged."""
+
+    exit_code = 5
+
+
+class OutputError(LsagError, RuntimeError):
+    """A place that results cannot be written to."""
+
+    exit_code = 6

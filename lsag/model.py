@@ -1,0 +1,224 @@
+"""The LSAG network of "Locally Shifted Attention With Early Global Integration", section 3 from top to bottom.
+
+Shapes: B images of a batch, T shift variants, N tokens (patches), D width, H heads, d = D / H width of a head,
+K key/value heads (K = H for plain multi-head attention, K = 1 for multi-query), G = H / K query heads for each of them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from lsag.config import ModelConfig, StageConfig
+
+# The release's value; the paper names none.
+NORM_EPS = 1e-6
+
+
+class ShiftEmbedding(nn.Module):
+    """Section 3.1: T shifted copies of the image, a convolution for each, and a position for each patch and variant."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.shifts = config.shifts
+        self.mode = config.shift_mode
+        self.padding = config.patch_padding
+        side, stride, kernel = config.grid_sizes[0], config.patch_stride, config.patch_kernel
+        self.canvas_size = (side - 1) * stride + kernel
+        num_variants, dim = config.num_variants, config.stages[0].embed_dim
+        # One grouped convolution is T separate ones: group s sees the channels of variant s alone.
+        self.conv = nn.Conv2d(num_variants * config.in_channels, num_variants * dim, kernel, stride, groups=num_variants)
+        self.pos = nn.Parameter(torch.zeros(side * side, num_variants, dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, height, width) -> (B, N, T, D)."""
+        canvas = torch.cat([self.shift(images, px, py) for px, py in self.shifts], dim=1)
+        # Channels last, the result is already laid out as (B, N, T * D): nothing large is ever transposed.
+        x = self.conv(canvas.contiguous(memory_format=torch.channels_last))
+        return x.flatten(2).transpose(1, 2).unflatten(2, self.pos.shape[1:]) + self.pos
+
+    def shift(self, images: Tensor, px: int, py: int) -> Tensor:
+        """Move the content px to the right and py down, circularly, and lay it on the zero-padded canvas of the conv.
+
+        (B, C, height, width) -> (B, C, canvas, canvas).
+        """
+        if self.mode == "roll":
+            moved = images.roll((py, px), dims=(2, 3))
+        else:
+            # Departure: the release grows the image instead of rolling it, so that with kernel 9 the last row and
+            # column of tokens see what a rolled image would have lost.
+            moved = F.pad(images, (px, 0, py, 0), mode="circular")
+        height, width = moved.shape[2:]
+        before = self.padding
+        return F.pad(moved, (before, self.canvas_size - before - width, before, self.canvas_size - before - height))
+
+
+class Attention(nn.Module):
+    """The projections that local and global attention share: queries, keys and values with biases, output."""
+
+    def __init__(self, stage: StageConfig) -> None:
+        super().__init__()
+        dim = stage.embed_dim
+        self.num_heads, self.num_kv_heads = stage.num_heads, stage.num_kv_heads
+        self.head_dim = dim // stage.num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * self.num_kv_heads * self.head_dim)
+        self.proj = nn.Linear(dim, dim)
+
+
+class LocalAttention(Attention):
+    """Eq. 1-4: each patch asks with its unshifted variant, its T variants answer.
+
+    The key and value matrices are absorbed into the query and the output. With one query for T keys, it is cheaper to
+    bring the query into the space of the variants (q_h Wk_h) and the weighted mean out of it (u_h Wv_h) than to project
+    every variant: 2 D^2 + 2 T H D multiplications a patch instead of 2 T D^2. The key bias adds the same to all T
+    logits of a head and cancels in the softmax; the value bias is added once, as the weights sum to one.
+    """
+
+    def forward(self, variants: Tensor) -> Tensor:
+        """(B, N, T, D) -> (B, N, D)."""
+        heads = (self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim)
+        key_weight, value_weight = self.kv.weight.unflatten(0, (2, self.num_kv_heads, self.head_dim)).unbind(0)
+        value_bias = self.kv.bias.unflatten(0, (2, self.num_kv_heads, 1, self.head_dim))[1]
+        query = self.q(variants[:, :, 0]).unflatten(2, heads) * self.head_dim**-0.5
+        query = torch.einsum("bnkgd,kdc->bnkgc", query, key_weight).flatten(2, 3)
+        weights = torch.einsum("bnhc,bntc->bnht", query, variants).softmax(dim=-1)
+        mean = torch.einsum("bnht,bntc->bnhc", weights, variants).unflatten(2, heads[:2])
+        out = torch.einsum("bnkgc,kdc->bnkgd", mean, value_weight) + value_bias
+        return self.proj(out.flatten(2))
+
+
+class GlobalAttention(Attention):
+    """Section 3.2: multi-head self-attention over all tokens, fused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        kv_heads, group, tokens = self.num_kv_heads, self.num_heads // self.num_kv_heads, x.shape[1]
+        # The G query heads of a key/value head stand one after the other on the token axis: nothing is repeated.
+        query = self.q(x).unflatten(2, (kv_heads, group, self.head_dim)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        key, value = self.kv(x).unflatten(2, (2, kv_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(out.unflatten(2, (group, tokens)).permute(0, 3, 1, 2, 4).flatten(2))
+
+
+class Block(nn.Module):
+    """x + Attention(norm(x)), then x + MLP(norm(x)), each branch dropped for a whole image with some probability.
+
+    Departure: the paper does not say so, but the release and its parameter counts share one pair of norms among all
+    blocks of a stage; they are passed in.
+    """
+
+    def __init__(self, config: ModelConfig, stage: StageConfig, *, local: bool) -> None:
+        super().__init__()
+        hidden = int(stage.embed_dim * config.mlp_ratio)
+        self.attn = LocalAttention(stage) if local else GlobalAttention(stage)
+        self.mlp = nn.Sequential(nn.Linear(stage.embed_dim, hidden), nn.GELU(), nn.Linear(hidden, stage.embed_dim))
+        self.drop_path = StochasticDepth(config.drop_path, mode="row")
+
+    def forward(self, x: Tensor, norm1: nn.Module, norm2: nn.Module) -> Tensor:
+        """(B, N, D), or (B, N, T, D) for the local block -> (B, N, D)."""
+        stream = x if x.dim() == 3 else x[:, :, 0]
+        stream = stream + self.drop_path(self.attn(norm1(x)))
+        return stream + self.drop_path(self.mlp(norm2(stream)))
+
+
+class Downsample(nn.Module):
+    """Section 3.2, pyramidal structure: 3 x 3 convolution to the next width, LayerNorm over channels, max-pool."""
+
+    def __init__(self, dim_in: int, dim_out: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.conv = nn.Conv2d(dim_in, dim_out, 3, padding=1)
+        self.norm = nn.LayerNorm(dim_out, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, about N / 4, D')."""
+        maps = self.conv(x.transpose(1, 2).unflatten(2, (self.side, self.side)))
+        maps = self.norm(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.max_pool2d(maps, 3, stride=2, padding=1).flatten(2).transpose(1, 2)
+
+
+class Stage(nn.Module):
+    """One level of the pyramid. The first begins with the local block; later ones with downsampling and positions."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        stage = config.stages[index]
+        if index:
+            self.down = Downsample(config.stages[index - 1].embed_dim, stage.embed_dim, config.grid_sizes[index - 1])
+            self.pos = nn.Parameter(torch.zeros(config.grid_sizes[index] ** 2, stage.embed_dim))
+        self.is_first = index == 0
+        self.norm1 = nn.LayerNorm(stage.embed_dim, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(stage.embed_dim, eps=NORM_EPS)
+        self.blocks = nn.ModuleList(
+            Block(config, stage, local=self.is_first and depth == 0) for depth in range(stage.depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) of the stage before, or (B, N, T, D) for the first -> (B, N', D')."""
+        if not self.is_first:
+            x = self.down(x) + self.pos
+        for block in self.blocks:
+            x = block(x, self.norm1, self.norm2)
+        return x
+
+
+class LSAG(nn.Module):
+    """The image classifier: shift embedding, stages, LayerNorm, mean over tokens, linear (paper, Table 2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        self.num_features = config.stages[-1].embed_dim
+        self.embed = ShiftEmbedding(config)
+        self.stages = nn.ModuleList(Stage(config, index) for index in range(len(config.stages)))
+        self.norm = nn.LayerNorm(self.num_features, eps=NORM_EPS)
+        self.head = nn.Linear(self.num_features, config.num_classes)
+        self.apply(_init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith("pos"):
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, image_size, image_size), normalised -> (B, num_classes) logits. ValueError for another image shape."""
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, C, image_size, image_size) -> (B, N, D) tokens of the last stage, after its norm."""
+        expected = (self.config.in_channels, self.config.image_size, self.config.image_size)
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"expected images of shape (batch, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
+        x = self.embed(images)
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, N, D) -> (B, num_classes) logits, or the pooled (B, D) features if `pre_logits`."""
+        x = x.mean(dim=1)
+        return x if pre_logits else self.head(x)
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer that gives the logits, or Identity when it was removed."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a new one for `num_classes` classes; 0 removes it, and the model gives (B, D) features."""
+        self.num_classes = num_classes
+        old = next(self.parameters())
+        self.head = nn.Linear(self.num_features, num_classes).to(old) if num_classes else nn.Identity()  # type: ignore[assignment]
+        self.head.apply(_init_weights)
+        if num_classes:
+            self.config = self.config.model_copy(update={"num_classes": num_classes})
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the position embeddings, which are not decayed (timm's convention)."""
+        return {name for name, _ in self.named_parameters() if name.endswith("pos")}
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

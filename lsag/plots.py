@@ -1,0 +1,63 @@
+"""Pictures of results, as PNG files. matplotlib is imported only when one is drawn."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lsag.checkpoint import replacing
+
+
+def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Loss and accuracy against the epoch, from the rows of metrics.jsonl."""
+    figure, (left, right) = _figure(1, 2, (10, 4))
+    epochs = [row["epoch"] for row in history]
+    marker = "o" if len(epochs) == 1 else None
+    left.plot(epochs, [row["train_loss"] for row in history], label="training", marker=marker)
+    left.plot(epochs, [row["eval_loss"] for row in history], label="evaluation", marker=marker)
+    left.set(xlabel="epoch", ylabel="loss (nats)")
+    left.legend()
+    right.plot(epochs, [100 * row["top1"] for row in history], color="tab:green", marker=marker)
+    best = max(history, key=lambda row: row["top1"])
+    right.plot(best["epoch"], 100 * best["top1"], "o", color="tab:green")
+    right.set(xlabel="epoch", ylabel="top-1 accuracy (%)", title=f"best {100 * best['top1']:.2f} % in epoch {best['epoch']}")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, title: str) -> None:
+    """The confusion matrix, row by row in percent of a class's images; names and numbers where there is room."""
+    count = len(classes)
+    size = min(max(4.5, 0.55 * count + 2), 14)
+    figure, axes = _figure(1, 1, (size, size))
+    share = 100 * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axes, label="% of the class", fraction=0.046, pad=0.04)
+    if count <= 30:
+        axes.set_xticks(range(count), classes, rotation=45, ha="right")
+        axes.set_yticks(range(count), classes)
+    if count <= 20:
+        for row in range(count):
+            for column in range(count):
+                if confusion[row, column]:
+                    color = "white" if share[row, column] > 50 else "black"
+                    axes.text(column, row, int(confusion[row, column]), ha="center", va="center", color=color, fontsize=8)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    _save(figure, path)
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
+    # The object interface, not pyplot: no window, no state, no display needed.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)

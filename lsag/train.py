@@ -1,0 +1,234 @@
+"""Training: one loop, read from top to bottom. It is a generator; what it yields is for whoever shows progress."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+
+from lsag.checkpoint import Checkpoint, save_checkpoint
+from lsag.config import Preset
+from lsag.data import Normalize, batches, check_classes, eval_loader, open_split, random_key, train_loader
+from lsag.device import autocast, choose_device
+from lsag.errors import CheckError, OutputError
+from lsag.evaluate import evaluate
+from lsag.model import LSAG
+from lsag.optim import lr_at, make_optimizer
+from lsag.plots import draw_curves
+
+REPORT_SECONDS = 0.5
+"""How often a Step is reported, and the loss looked at: not at every step, as that waits for the device."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The run is set up: everything that could be refused has been accepted."""
+
+    preset: Preset
+    out: Path
+    device: str
+    parameters: int
+    train_images: int
+    eval_images: int
+    steps_per_epoch: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the training is, and the mean loss and speed since the last report."""
+
+    epoch: int
+    step: int
+    loss: float
+    lr: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One finished epoch: a line of metrics.jsonl. Accuracies are shares in 0..1, `seconds` since the start."""
+
+    epoch: int
+    step: int
+    lr: float
+    train_loss: float
+    eval_loss: float
+    top1: float
+    top5: float
+    best_top1: float
+    images_per_second: float
+    data_wait: float
+    seconds: float
+
+
+Progress = Started | Step | Epoch
+
+
+def train(
+    preset: Preset,
+    *,
+    data_dir: Path,
+    out: Path,
+    device: str = "auto",
+    workers: int | None = None,
+    download: bool = True,
+) -> Iterator[Progress]:
+    """Train `preset` on its dataset below `data_dir`, evaluating after each epoch.
+
+    Writes preset.json, metrics.jsonl, last.pt, best.pt and curves.png to `out`, which must be new or empty. The number
+    of `workers` that prepare images is chosen by default, and does not change the result.
+
+    Yields Started once, then Steps and Epochs. Raises the errors of lsag.errors; CheckError when the loss is not finite.
+    """
+    started = time.monotonic()
+    on = choose_device(device)
+
+    # Data
+    def source(*, train: bool):
+        return open_split(
+            preset.data.dataset, data_dir, train=train, in_channels=preset.model.in_channels, download=download
+        )
+
+    train_source, eval_source = source(train=True), source(train=False)
+    check_classes(train_source.classes, eval_source.classes, what="the training split", where="the evaluation split")
+    if preset.data.dataset == "folder":
+        preset = preset.with_classes(len(train_source.classes))
+    if workers is None:
+        workers = choose_workers(len(train_source))
+    loader = train_loader(train_source, preset, workers=workers, pin=on.type == "cuda")
+    eval_batches = eval_loader(eval_source, preset, batch_size=preset.train.batch_size, workers=workers)
+    mix = make_mixup(preset)
+    steps_per_epoch, recipe = len(loader), preset.train
+
+    # Model
+    torch.manual_seed(random_key(recipe.seed, "init"))
+    model = LSAG(preset.model).to(on)
+    normalize = Normalize(preset.data).to(on)
+    optimizer = make_optimizer(model, recipe)
+
+    def classify(images: Tensor) -> Tensor:
+        with torch.inference_mode(), autocast(on):
+            return model(normalize(images.to(on)))
+
+    # Output
+    make_run_folder(out)
+    (out / "preset.json").write_text(preset.model_dump_json(indent=2) + "\n")
+    metrics_file = (out / "metrics.jsonl").open("w", buffering=1)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    yield Started(preset, out, str(on), parameters, len(train_source), len(eval_source), steps_per_epoch)
+
+    step, best, history = 0, -1.0, []
+    for epoch in range(recipe.epochs):
+        loader.batch_sampler.epoch = epoch
+        model.train()
+        losses, reported_loss = torch.zeros((), device=on), 0.0
+        epoch_start = report_time = waiting = time.monotonic()
+        waited, reported_steps = 0.0, 0
+        for done, (images, labels) in enumerate(batches(loader), start=1):
+            waited += time.monotonic() - waiting
+
+            # One step. Mixup and drop-path draw from generators that depend on (seed, step) alone.
+            torch.manual_seed(random_key(recipe.seed, "net", step))
+            np.random.seed(random_key(recipe.seed, "mix", step) & 0xFFFFFFFF)
+            images, labels = images.to(on, non_blocking=True), labels.to(on, non_blocking=True)
+            targets = labels
+            if mix is not None:
+                images, targets = mix(images, labels)
+            lr = lr_at(step, train=recipe, steps_per_epoch=steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with autocast(on):
+                logits = model(images)
+            smoothing = 0.0 if mix is not None else preset.augment.label_smoothing  # Mixup smooths by itself
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses += loss.detach()
+            step += 1
+
+            if time.monotonic() - report_time > REPORT_SECONDS or done == steps_per_epoch:
+                total = losses.item()
+                if not math.isfinite(total):
+                    raise CheckError(
+                        f"training diverged: the loss is not finite in epoch {epoch + 1}, step {done}",
+                        f"lower --set train.lr; {out / 'last.pt' if epoch else 'no checkpoint'} is the last good state",
+                    )
+                now, count = time.monotonic(), done - reported_steps
+                speed = count * recipe.batch_size / (now - report_time)
+                yield Step(epoch + 1, done, (total - reported_loss) / count, lr, speed)
+                report_time, reported_steps, reported_loss = time.monotonic(), done, total
+            waiting = time.monotonic()
+        train_seconds = time.monotonic() - epoch_start
+
+        # Evaluate, record, save
+        model.eval()
+        metrics = evaluate(classify, eval_batches, num_classes=preset.model.num_classes)
+        improved, best = metrics.top1 > best, max(best, metrics.top1)
+        row = Epoch(
+            epoch=epoch + 1,
+            step=step,
+            lr=lr,
+            train_loss=reported_loss / steps_per_epoch,
+            eval_loss=metrics.loss,
+            top1=metrics.top1,
+            top5=metrics.top5,
+            best_top1=best,
+            images_per_second=steps_per_epoch * recipe.batch_size / train_seconds,
+            data_wait=waited / train_seconds,
+            seconds=time.monotonic() - started,
+        )
+        history.append(asdict(row))
+        metrics_file.write(json.dumps(history[-1]) + "\n")
+        state = Checkpoint(
+            model, preset, tuple(train_source.classes), epoch + 1, {"top1": metrics.top1, "loss": metrics.loss}
+        )
+        save_checkpoint(out / "last.pt", state)
+        if improved:
+            save_checkpoint(out / "best.pt", state)
+        yield row
+
+    metrics_file.close()
+    draw_curves(history, out / "curves.png", title=preset.name)
+
+
+def make_mixup(preset: Preset) -> Mixup | None:
+    """timm's Mixup with the preset's settings, or None where the preset mixes nothing."""
+    augment = preset.augment
+    if not augment.mixes:
+        return None
+    return Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mixup_prob,
+        switch_prob=augment.mixup_switch_prob,
+        label_smoothing=augment.label_smoothing,
+        num_classes=preset.model.num_classes,
+    )
+
+
+def choose_workers(num_images: int) -> int:
+    """Processes that prepare images: none where starting them costs more than they save, else one per core, up to 8."""
+    cores = torch.multiprocessing.cpu_count()
+    return 0 if num_images < 5_000 else min(8, cores)
+
+
+def make_run_folder(out: Path) -> None:
+    """Create `out`, and see that it can be written. OutputError if not, or if something is in it already."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise OutputError(f"{out} is not empty", "choose another --out")
+        probe = out / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write to {out}: {error.strerror}", "choose another --out") from error
