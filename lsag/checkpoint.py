@@ -30,6 +30,12 @@ class Checkpoint:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+def random_checkpoint(preset: Preset) -> Checkpoint:
+    """An untrained model of `preset`, initialised from its seed."""
+    torch.manual_seed(preset.train.seed)
+    return Checkpoint(LSAG(preset.model).eval(), preset, tuple(map(str, range(preset.model.num_classes))))
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` to `path`: whole and synced to disk, or OutputError and `path` as it was before."""
     contents = {
@@ -86,7 +92,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         kind = " (weights of another project? the authors' own: lsag convert)" if isinstance(contents, dict) else ""
         raise InputError(f"{path} is not an lsag checkpoint{kind}", "give a file that lsag train or lsag convert wrote")
     if contents.get("format") != FORMAT:
-        raise InputError(f"{path} has checkpoint format {contents.get('format')}, this lsag reads {FORMAT}", "upgrade lsag")
+        raise InputError(
+            f"{path} has checkpoint format {contents.get('format')}, this lsag reads {FORMAT}", "upgrade lsag"
+        )
     try:
         preset = validate_preset(contents["preset"], origin=f"the preset in {path}")
         classes, weights = tuple(contents["classes"]), contents["model"]
@@ -121,11 +129,17 @@ def _read(path: Path) -> Any:
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is not a checkpoint, or is truncated or damaged", "give a file that lsag wrote") from error
+        raise InputError(
+            f"{path} is not a checkpoint, or is truncated or damaged", "give a file that lsag wrote"
+        ) from error
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for a file that is not its own
-        reason = "it contains objects that are not plain data" if "Unsupported" in str(error) else "not written by torch.save"
+        reason = (
+            "it contains objects that are not plain data"
+            if "Unsupported" in str(error)
+            else "not written by torch.save"
+        )
         raise InputError(f"{path} was refused: {reason}", "the authors' own files: lsag convert") from error
 
 

@@ -4,6 +4,7 @@ Everything here is plain Python and pydantic; torch is not imported, so that the
 """
 
 import difflib
+import json
 import math
 import tomllib
 from collections.abc import Mapping
@@ -100,7 +101,9 @@ class ModelConfig(_Frozen):
         if self.patch_kernel > self.image_size + 2 * self.patch_padding:
             raise ValueError(f"patch_kernel {self.patch_kernel} is larger than the padded image")
         if self.patch_padding >= self.patch_kernel:
-            raise ValueError(f"patch_padding {self.patch_padding} must be smaller than patch_kernel {self.patch_kernel}")
+            raise ValueError(
+                f"patch_padding {self.patch_padding} must be smaller than patch_kernel {self.patch_kernel}"
+            )
         return self
 
     @property
@@ -170,6 +173,11 @@ class TrainConfig(_Frozen):
     clip_grad: PositiveReal = 5.0
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
 
+    @property
+    def lr_scale(self) -> float:
+        """What the learning rates are multiplied by."""
+        return self.batch_size / 512
+
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
         if self.warmup_epochs > self.epochs:
@@ -203,27 +211,14 @@ class Preset(_Frozen):
         if len(self.data.mean) != channels or len(self.data.std) != channels:
             raise ValueError(f"data.mean and data.std need {channels} values each, one per model.in_channels")
         if self.data.eval_resize is not None and self.data.eval_resize < self.model.image_size:
-            raise ValueError(f"data.eval_resize {self.data.eval_resize} is below model.image_size {self.model.image_size}")
+            raise ValueError(
+                f"data.eval_resize {self.data.eval_resize} is below model.image_size {self.model.image_size}"
+            )
         if self.augment.mixes and self.train.batch_size % 2:
             raise ValueError(f"train.batch_size {self.train.batch_size} must be even while mixup or cutmix is on")
         if self.augment.rand_augment and channels != 3:
             raise ValueError("augment.rand_augment needs colour images (model.in_channels = 3); set it to 'none'")
         return self
-
-    def with_dataset(self, dataset: str) -> "Preset":
-        """This preset on another dataset, with that dataset's classes and pixel statistics.
-
-        `folder` keeps both: its classes are counted when it is opened. A grey preset stays grey only on `digits`.
-        """
-        if dataset == self.data.dataset:
-            return self
-        values = self.model_dump()
-        values["data"]["dataset"] = dataset
-        known = DATASETS.get(dataset)
-        if known is not None:
-            values["data"] |= {"mean": known.mean, "std": known.std}
-            values["model"] |= {"num_classes": known.num_classes, "in_channels": len(known.mean)}
-        return validate_preset(values, origin=f"preset {self.name} on {dataset}")
 
     def with_classes(self, num_classes: int) -> "Preset":
         """This preset with a head for `num_classes` classes."""
@@ -240,24 +235,34 @@ def preset_paths() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def load_preset(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Preset:
-    """Load a preset by name, or from a TOML file, with dotted-key `overrides` such as {"train.epochs": 10}.
+def load_preset(
+    name_or_path: str | Path, overrides: Mapping[str, Any] | None = None, *, dataset: str | None = None
+) -> Preset:
+    """Load a preset by name, or from a TOML or JSON file.
 
-    Raises UsageError (a ValueError) that names every field at fault.
+    `dataset` puts it on another dataset (with its classes and pixel statistics); then `overrides` with dotted keys,
+    such as {"train.epochs": 10}, are applied. Raises UsageError (a ValueError) that names every field at fault.
     """
     known = preset_paths()
     path = known.get(str(name_or_path), Path(name_or_path))
     if not path.is_file():
-        raise UsageError(f"no preset or file '{name_or_path}'{_did_you_mean(str(name_or_path), known)}", "see: lsag presets")
+        raise UsageError(
+            f"no preset or file '{name_or_path}'{_did_you_mean(str(name_or_path), known)}", "see: lsag presets"
+        )
     try:
         if path.stat().st_size > MAX_PRESET_BYTES:
             raise UsageError(f"{path} is too large for a preset", "give a TOML file")
-        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}", "correct the file") from error
+        text = path.read_bytes().decode("utf-8-sig")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is not a valid TOML or JSON file: {error}", "correct the file") from error
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no preset", "give a file with [model], [data] and [train]")
     values.setdefault("name", path.stem)
+    if dataset is not None:
+        _set_dataset(values, dataset)
     for key, value in (overrides or {}).items():
         _set_by_path(values, key, value)
     return validate_preset(values, origin=f"preset {path.stem}")
@@ -268,7 +273,9 @@ def validate_preset(values: Mapping[str, Any], *, origin: str) -> Preset:
     try:
         return Preset.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"{origin}: {'; '.join(_explain(problem) for problem in error.errors())}", "correct it") from error
+        raise UsageError(
+            f"{origin}: {'; '.join(_explain(problem) for problem in error.errors())}", "correct it"
+        ) from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -281,6 +288,17 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), parsed["value"] if len(parsed) == 1 else value
     except (tomllib.TOMLDecodeError, RecursionError):
         return key.strip(), value
+
+
+def _set_dataset(values: dict[str, Any], dataset: str) -> None:
+    """Classes and pixel statistics follow the dataset; `folder` keeps them until its classes are counted."""
+    data, model = values.get("data"), values.get("model")
+    if not isinstance(data, dict) or not isinstance(model, dict) or data.get("dataset") == dataset:
+        return
+    data["dataset"] = dataset
+    if known := DATASETS.get(dataset):
+        data |= {"mean": list(known.mean), "std": list(known.std)}
+        model |= {"num_classes": known.num_classes, "in_channels": len(known.mean)}
 
 
 def _set_by_path(values: dict[str, Any], key: str, value: Any) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lsag.config import ModelConfig
+from lsag.checkpoint import Checkpoint, save_checkpoint
+from lsag.config import ModelConfig, Preset
 from lsag.errors import InputError
 from lsag.model import LSAG
 
@@ -22,7 +23,7 @@ _RENAMED = (
 def read_released(path: Path) -> dict[str, Tensor]:
     """The weights of a released file: a dict with the key `model` or `state_dict`, or the weights themselves.
 
-    Loaded with `weights_only`; of other objects only the release's `argparse.Namespace` is let in. InputError otherwise.
+    Loaded with `weights_only`; of other objects only the release's `argparse.Namespace` is let in, else InputError.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -31,13 +32,25 @@ def read_released(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} does not exist", "check the path") from error
     except Exception as error:  # torch.load raises many types for a file that is not its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is not a checkpoint that can be read safely: {reason}", "give a released .pth") from error
+        raise InputError(
+            f"{path} is not a checkpoint that can be read safely: {reason}", "give a released .pth"
+        ) from error
     if isinstance(contents, dict):
         for key in ("model", "state_dict"):
             contents = contents.get(key, contents)
     if not isinstance(contents, dict) or not all(isinstance(value, Tensor) for value in contents.values()):
         raise InputError(f"{path} holds no weights under 'model' or 'state_dict'", "give a released .pth")
     return contents
+
+
+def convert_file(file: Path, preset: Preset, out: Path) -> None:
+    """Write the released checkpoint `file`, which fits `preset`, to `out` in this project's format.
+
+    The release does not name its classes; they are called by their index. InputError if the weights do not fit.
+    """
+    model = from_released(read_released(file), preset.model)
+    classes = tuple(map(str, range(preset.model.num_classes)))
+    save_checkpoint(out, Checkpoint(model, preset.model_copy(update={"model": model.config}), classes))
 
 
 def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG:
@@ -80,7 +93,9 @@ def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG
     if problems:
         fix = "choose the preset of these weights"
         if any(".kv." in line for line in misshapen):
-            fix += "; the release shares one key/value head in all CIFAR models: --set model.stages.0.num_kv_heads=1, ..."
+            fix += (
+                "; the release shares one key/value head in all CIFAR models: --set model.stages.0.num_kv_heads=1, ..."
+            )
         raise InputError(f"the released weights do not fit: {'; '.join(problems)}", fix)
     model.load_state_dict(converted)
     return model

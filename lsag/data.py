@@ -1,7 +1,9 @@
 """Datasets and loaders. Augmentation is timm's; what is random depends on (seed, epoch, image) and on nothing else."""
 
 import hashlib
+import os
 import random
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets, transforms
 
 from lsag.config import DATASETS, DataConfig, Preset
@@ -63,8 +65,9 @@ class FolderSource:
             self.samples = datasets.folder.make_dataset(
                 root,
                 class_to_index,
-                is_valid_file=lambda path: Path(path).suffix.lower() in datasets.folder.IMG_EXTENSIONS
-                and not Path(path).name.startswith("."),
+                is_valid_file=lambda path: (
+                    Path(path).suffix.lower() in datasets.folder.IMG_EXTENSIONS and not Path(path).name.startswith(".")
+                ),
             )
         except OSError as error:
             reason = str(error).splitlines()[0].rstrip(".")
@@ -119,7 +122,9 @@ def open_split(dataset: str, data_dir: Path, *, train: bool, in_channels: int, d
     root = next((data_dir / name for name in names if (data_dir / name).is_dir()), None)
     if root is None:
         wanted = " or ".join(f"{data_dir / name}" for name in names)
-        raise InputError(f"{dataset} is not at {data_dir}: there is no {wanted}", "point --data-dir or $LSAG_DATA at it")
+        raise InputError(
+            f"{dataset} is not at {data_dir}: there is no {wanted}", "point --data-dir or $LSAG_DATA at it"
+        )
     source = FolderSource(root, "L" if in_channels == 1 else "RGB")
     if dataset in DATASETS and len(source.classes) != DATASETS[dataset].num_classes:
         raise InputError(
@@ -136,8 +141,11 @@ def _digits(train: bool) -> Source:
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    split = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
-    return ArraySource(*(split[0::2] if train else split[1::2]), [str(name) for name in digits.target_names])
+    train_images, eval_images, train_labels, eval_labels = train_test_split(
+        images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
+    )
+    classes = [str(name) for name in digits.target_names]
+    return ArraySource(train_images, train_labels, classes) if train else ArraySource(eval_images, eval_labels, classes)
 
 
 def _cifar(dataset: str, data_dir: Path, *, train: bool, download: bool) -> Source:
@@ -148,7 +156,9 @@ def _cifar(dataset: str, data_dir: Path, *, train: bool, download: bool) -> Sour
         found = data_dir / kind.base_folder
         state = "is damaged at" if found.exists() else "is not at"
         if not download:
-            raise InputError(f"{dataset} {state} {found}", "allow the download, or put the extracted archive there") from error
+            raise InputError(
+                f"{dataset} {state} {found}", "allow the download, or put the extracted archive there"
+            ) from error
         try:
             files = kind(str(data_dir), train=train, download=True)
         except Exception as failure:  # urllib, tarfile and torchvision each raise their own
@@ -161,12 +171,21 @@ def _cifar(dataset: str, data_dir: Path, *, train: bool, download: bool) -> Sour
 
 
 def check_classes(expected: Sequence[str], found: Sequence[str], *, what: str, where: str) -> None:
-    """InputError with the first differences unless both name the same classes in the same order."""
+    """InputError with the first differences unless both name the same classes in the same order.
+
+    Classes called by their index (as in a converted checkpoint) are unnamed: then only their number counts.
+    """
     if len(expected) != len(found):
-        raise InputError(f"{what} has {len(expected)} classes, {where} has {len(found)}", "choose data of the same classes")
+        raise InputError(
+            f"{what} has {len(expected)} classes, {where} has {len(found)}", "choose data of the same classes"
+        )
+    if list(expected) == [str(index) for index in range(len(expected))]:
+        return
     different = [f"{i}: {a!r} against {b!r}" for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b]
     if different:
-        raise InputError(f"classes of {what} and of {where} differ: {', '.join(different[:5])}", "choose data of the same classes")
+        raise InputError(
+            f"classes of {what} and of {where} differ: {', '.join(different[:5])}", "choose data of the same classes"
+        )
 
 
 def random_key(*parts: int | str) -> int:
@@ -211,14 +230,16 @@ class EvalSet(Dataset[Item]):
         return self.transform(image), label
 
 
-class EpochBatches:
-    """Batch sampler: the (epoch, image) pairs of an epoch in random order; what is left over a full batch is dropped."""
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """The (epoch, image) pairs of an epoch in random order, in full batches; what is left over is dropped."""
 
     def __init__(self, num_images: int, preset: Preset) -> None:
         self.num_images, self.batch_size, self.seed = num_images, preset.train.batch_size, preset.train.seed
         self.epoch = 0
         if len(self) == 0:
-            raise UsageError(f"{num_images} training images do not fill one batch of {self.batch_size}", "--set train.batch_size=...")
+            raise UsageError(
+                f"{num_images} training images do not fill one batch of {self.batch_size}", "--set train.batch_size=..."
+            )
 
     def __len__(self) -> int:
         return self.num_images // self.batch_size
@@ -231,13 +252,13 @@ class EpochBatches:
 
 
 def train_transform(preset: Preset) -> Any:
-    """timm's training transform with the preset's augmentation: PIL image -> normalised (C, size, size) float tensor."""
+    """timm's training transform with the preset's augmentation: PIL image -> normalised float (C, size, size)."""
     data, augment, size = preset.data, preset.augment, preset.model.image_size
     transform = create_transform(
         size,
         is_training=True,
         hflip=augment.hflip,
-        color_jitter=None,  # as in DeiT, where RandAugment switches it off
+        color_jitter=None,  # type: ignore[arg-type]  # as in DeiT, where RandAugment switches it off
         auto_augment=augment.rand_augment,
         interpolation=data.interpolation,
         mean=data.mean,
@@ -269,6 +290,8 @@ class Normalize(nn.Module):
 
     def __init__(self, data: DataConfig) -> None:
         super().__init__()
+        self.scale: Tensor
+        self.offset: Tensor
         mean, std = torch.tensor(data.mean), torch.tensor(data.std)
         self.register_buffer("scale", (1 / (255 * std)).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("offset", (-mean / std).view(1, -1, 1, 1), persistent=False)
@@ -277,13 +300,22 @@ class Normalize(nn.Module):
         return pixels.to(self.scale.dtype) * self.scale + self.offset
 
 
-def train_loader(source: Source, preset: Preset, *, workers: int, pin: bool = False) -> DataLoader[Any]:
-    """Batches of (images, labels); set `loader.batch_sampler.epoch` before each epoch and read it through `batches`."""
+def choose_workers(num_images: int) -> int:
+    """Processes that prepare images: none where starting them costs more than they save, else one per core, up to 8."""
+    cores = os.cpu_count() or 1
+    return 0 if num_images < 5_000 else min(8, cores)
+
+
+def train_loader(
+    source: Source, preset: Preset, order: EpochBatches, *, workers: int, pin: bool = False
+) -> DataLoader[Any]:
+    """Batches of (images, labels) as `order` has them; to be read through `batches`."""
     return DataLoader(
         TrainSet(source, preset),
-        batch_sampler=EpochBatches(len(source), preset),
+        batch_sampler=order,
         collate_fn=_collate,
         num_workers=workers,
+        worker_init_fn=_ignore_interrupt,
         persistent_workers=workers > 0,
         pin_memory=pin,
     )
@@ -292,7 +324,13 @@ def train_loader(source: Source, preset: Preset, *, workers: int, pin: bool = Fa
 def eval_loader(source: Source, preset: Preset, *, batch_size: int, workers: int, pin: bool = False) -> DataLoader[Any]:
     """Batches of (uint8 images, labels), each image once and in order, to be read through `batches`."""
     return DataLoader(
-        EvalSet(source, preset), batch_size, collate_fn=_collate, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin
+        EvalSet(source, preset),
+        batch_size,
+        collate_fn=_collate,
+        num_workers=workers,
+        worker_init_fn=_ignore_interrupt,
+        persistent_workers=workers > 0,
+        pin_memory=pin,
     )
 
 
@@ -302,6 +340,11 @@ def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(batch, InputError):
             raise batch
         yield batch
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(items: list[Any]) -> Any:

@@ -17,7 +17,9 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     if not available.get(name.partition(":")[0], False):
-        raise UnavailableError(f"device '{name}' is not available here", f"use one of: {', '.join(k for k, v in available.items() if v)}")
+        raise UnavailableError(
+            f"device '{name}' is not available here", f"use one of: {', '.join(k for k, v in available.items() if v)}"
+        )
     device = torch.device(name)
     if device.type == "cpu":
         _keep_freed_memory()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lsag.data import batches
+from lsag.checkpoint import Checkpoint, load_checkpoint
+from lsag.config import Preset
+from lsag.data import Normalize, batches, check_classes, choose_workers, eval_loader, open_split
+from lsag.device import autocast, choose_device
+from lsag.runtime import OnnxModel
 
 TOP_K = 5
 
@@ -23,12 +28,25 @@ class Metrics:
     top1: float
     top5: float
     confusion: Tensor
+    labels: Tensor
     predictions: Tensor
 
     def per_class(self) -> list[float | None]:
         """Share of each class's images that were recognised, 0..1; None for a class without images."""
         hits, totals = self.confusion.diag().tolist(), self.confusion.sum(dim=1).tolist()
         return [hit / total if total else None for hit, total in zip(hits, totals, strict=True)]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of a file on a dataset; `images` names each image in the order of `metrics.predictions`."""
+
+    metrics: Metrics
+    preset: Preset
+    classes: tuple[str, ...]
+    dataset: str
+    device: str
+    images: list[str]
 
 
 def evaluate(
@@ -45,18 +63,73 @@ def evaluate(
     """
     loss = torch.zeros((), dtype=torch.float64)
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64)
-    top5, predictions = 0, []
+    top5, all_labels, predictions = 0, [], []
     for images, labels in batches(loader):
         logits = classify(images).float().cpu()
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         ranked = logits.topk(min(TOP_K, num_classes)).indices
         top5 += int((ranked == labels[:, None]).any(dim=1).sum())
         confusion += torch.bincount(labels * num_classes + ranked[:, 0], minlength=num_classes * num_classes)
+        all_labels.append(labels)
         predictions.append(ranked[:, 0])
         if on_batch:
             on_batch(len(labels))
     table = confusion.view(num_classes, num_classes)
     count = int(table.sum())
     return Metrics(
-        count, loss.item() / count, table.diag().sum().item() / count, top5 / count, table, torch.cat(predictions)
+        count=count,
+        loss=loss.item() / count,
+        top1=table.diag().sum().item() / count,
+        top5=top5 / count,
+        confusion=table,
+        labels=torch.cat(all_labels),
+        predictions=torch.cat(predictions),
     )
+
+
+def evaluate_file(
+    path: str | Path,
+    *,
+    dataset: str | None = None,
+    data_dir: Path,
+    device: str = "auto",
+    batch_size: int = 256,
+    workers: int | None = None,
+    download: bool = True,
+    on_batch: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Evaluate a checkpoint, or an exported .onnx graph, on the evaluation split of `dataset` (default: its own).
+
+    The file alone says model, classes and preprocessing. An .onnx graph runs in onnxruntime on `device`, "auto" being
+    the CPU there. InputError if the dataset's classes are not the model's.
+    """
+    classify: Callable[[Tensor], Tensor]
+    if Path(path).suffix == ".onnx":
+        onnx_model = OnnxModel(path, provider="cpu" if device == "auto" else device)
+        preset, classes, classify = onnx_model.preset, onnx_model.classes, onnx_model
+        ran_on = f"onnxruntime {onnx_model.session.get_providers()[0]}"
+    else:
+        checkpoint = load_checkpoint(path)
+        preset, classes = checkpoint.preset, checkpoint.classes
+        on = choose_device(device)
+        classify, ran_on = classifier(checkpoint, on), str(on)
+    dataset = dataset or preset.data.dataset
+    source = open_split(dataset, data_dir, train=False, in_channels=preset.model.in_channels, download=download)
+    check_classes(classes, source.classes, what=f"{path} (preset {preset.name})", where=dataset)
+    if workers is None:
+        workers = choose_workers(len(source))
+    loader = eval_loader(source, preset, batch_size=batch_size, workers=workers)
+    metrics = evaluate(classify, loader, num_classes=len(classes), on_batch=on_batch)
+    names = [source.name(index) for index in range(len(source))]
+    return Evaluation(metrics, preset, classes, dataset, ran_on, names)
+
+
+def classifier(checkpoint: Checkpoint, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """uint8 images (B, C, height, width) -> logits (B, num_classes), normalised and run on `device`."""
+    model, normalize = checkpoint.model.to(device), Normalize(checkpoint.preset.data).to(device)
+
+    def classify(images: Tensor) -> Tensor:
+        with torch.inference_mode(), autocast(device):
+            return model(normalize(images.to(device, non_blocking=True)))
+
+    return classify

@@ -27,7 +27,9 @@ class ShiftEmbedding(nn.Module):
         self.canvas_size = (side - 1) * stride + kernel
         num_variants, dim = config.num_variants, config.stages[0].embed_dim
         # One grouped convolution is T separate ones: group s sees the channels of variant s alone.
-        self.conv = nn.Conv2d(num_variants * config.in_channels, num_variants * dim, kernel, stride, groups=num_variants)
+        self.conv = nn.Conv2d(
+            num_variants * config.in_channels, num_variants * dim, kernel, stride, groups=num_variants
+        )
         self.pos = nn.Parameter(torch.zeros(side * side, num_variants, dim))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -188,7 +190,9 @@ class LSAG(nn.Module):
         """(B, C, image_size, image_size) -> (B, N, D) tokens of the last stage, after its norm."""
         expected = (self.config.in_channels, self.config.image_size, self.config.image_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"expected images of shape (batch, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
+            raise ValueError(
+                f"expected images of shape (batch, {', '.join(map(str, expected))}), got {tuple(images.shape)}"
+            )
         x = self.embed(images)
         for stage in self.stages:
             x = stage(x)
@@ -204,7 +208,7 @@ class LSAG(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new one for `num_classes` classes; 0 removes it, and the model gives (B, D) features."""
+        """Give the model a new head for `num_classes` classes; 0 removes it, so that it returns (B, D) features."""
         self.num_classes = num_classes
         old = next(self.parameters())
         self.head = nn.Linear(self.num_features, num_classes).to(old) if num_classes else nn.Identity()  # type: ignore[assignment]

@@ -8,16 +8,13 @@ from timm.optim import param_groups_weight_decay
 from lsag.config import TrainConfig
 from lsag.model import LSAG
 
-LR_BATCH = 512
-"""The batch size that a preset's learning rates are given for."""
-
 
 def lr_at(step: int, *, train: TrainConfig, steps_per_epoch: int) -> float:
     """The learning rate of optimizer step `step`, counted from 0: linear warm-up, then cosine to the end.
 
-    Rates are scaled by batch_size / 512. The cosine starts where the warm-up ends and reaches min_lr after the last step.
+    Rates are scaled by batch_size / 512. The cosine starts where the warm-up ends; min_lr follows the last step.
     """
-    scale = train.batch_size / LR_BATCH
+    scale = train.lr_scale
     warmup, total = train.warmup_epochs * steps_per_epoch, train.epochs * steps_per_epoch
     if step < warmup:
         return scale * (train.warmup_lr + (train.lr - train.warmup_lr) * step / warmup)

@@ -21,7 +21,9 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str)
     right.plot(epochs, [100 * row["top1"] for row in history], color="tab:green", marker=marker)
     best = max(history, key=lambda row: row["top1"])
     right.plot(best["epoch"], 100 * best["top1"], "o", color="tab:green")
-    right.set(xlabel="epoch", ylabel="top-1 accuracy (%)", title=f"best {100 * best['top1']:.2f} % in epoch {best['epoch']}")
+    right.set(
+        xlabel="epoch", ylabel="top-1 accuracy (%)", title=f"best {100 * best['top1']:.2f} % in epoch {best['epoch']}"
+    )
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -45,7 +47,9 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, tit
             for column in range(count):
                 if confusion[row, column]:
                     color = "white" if share[row, column] > 50 else "black"
-                    axes.text(column, row, int(confusion[row, column]), ha="center", va="center", color=color, fontsize=8)
+                    axes.text(
+                        column, row, int(confusion[row, column]), ha="center", va="center", color=color, fontsize=8
+                    )
     axes.set(xlabel="predicted", ylabel="true", title=title)
     _save(figure, path)
 

@@ -4,21 +4,31 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from torch import Tensor, nn
+from torch import nn
 
 from lsag.checkpoint import Checkpoint, save_checkpoint
 from lsag.config import Preset
-from lsag.data import Normalize, batches, check_classes, eval_loader, open_split, random_key, train_loader
+from lsag.data import (
+    EpochBatches,
+    Source,
+    batches,
+    check_classes,
+    choose_workers,
+    eval_loader,
+    open_split,
+    random_key,
+    train_loader,
+)
 from lsag.device import autocast, choose_device
 from lsag.errors import CheckError, OutputError
-from lsag.evaluate import evaluate
+from lsag.evaluate import classifier, evaluate
 from lsag.model import LSAG
 from lsag.optim import lr_at, make_optimizer
 from lsag.plots import draw_curves
@@ -85,13 +95,13 @@ def train(
     Writes preset.json, metrics.jsonl, last.pt, best.pt and curves.png to `out`, which must be new or empty. The number
     of `workers` that prepare images is chosen by default, and does not change the result.
 
-    Yields Started once, then Steps and Epochs. Raises the errors of lsag.errors; CheckError when the loss is not finite.
+    Yields Started once, then Steps and Epochs. Raises those of lsag.errors; CheckError for a loss that is not finite.
     """
     started = time.monotonic()
     on = choose_device(device)
 
     # Data
-    def source(*, train: bool):
+    def source(*, train: bool) -> Source:
         return open_split(
             preset.data.dataset, data_dir, train=train, in_channels=preset.model.in_channels, download=download
         )
@@ -102,20 +112,18 @@ def train(
         preset = preset.with_classes(len(train_source.classes))
     if workers is None:
         workers = choose_workers(len(train_source))
-    loader = train_loader(train_source, preset, workers=workers, pin=on.type == "cuda")
+    order = EpochBatches(len(train_source), preset)
+    loader = train_loader(train_source, preset, order, workers=workers, pin=on.type == "cuda")
     eval_batches = eval_loader(eval_source, preset, batch_size=preset.train.batch_size, workers=workers)
     mix = make_mixup(preset)
-    steps_per_epoch, recipe = len(loader), preset.train
+    steps_per_epoch, recipe = len(order), preset.train
 
     # Model
     torch.manual_seed(random_key(recipe.seed, "init"))
     model = LSAG(preset.model).to(on)
-    normalize = Normalize(preset.data).to(on)
     optimizer = make_optimizer(model, recipe)
-
-    def classify(images: Tensor) -> Tensor:
-        with torch.inference_mode(), autocast(on):
-            return model(normalize(images.to(on)))
+    state = Checkpoint(model, preset, tuple(train_source.classes))
+    classify = classifier(state, on)
 
     # Output
     make_run_folder(out)
@@ -126,7 +134,7 @@ def train(
 
     step, best, history = 0, -1.0, []
     for epoch in range(recipe.epochs):
-        loader.batch_sampler.epoch = epoch
+        order.epoch = epoch
         model.train()
         losses, reported_loss = torch.zeros((), device=on), 0.0
         epoch_start = report_time = waiting = time.monotonic()
@@ -188,9 +196,7 @@ def train(
         )
         history.append(asdict(row))
         metrics_file.write(json.dumps(history[-1]) + "\n")
-        state = Checkpoint(
-            model, preset, tuple(train_source.classes), epoch + 1, {"top1": metrics.top1, "loss": metrics.loss}
-        )
+        state = replace(state, epoch=epoch + 1, metrics={"top1": metrics.top1, "loss": metrics.loss})
         save_checkpoint(out / "last.pt", state)
         if improved:
             save_checkpoint(out / "best.pt", state)
@@ -213,12 +219,6 @@ def make_mixup(preset: Preset) -> Mixup | None:
         label_smoothing=augment.label_smoothing,
         num_classes=preset.model.num_classes,
     )
-
-
-def choose_workers(num_images: int) -> int:
-    """Processes that prepare images: none where starting them costs more than they save, else one per core, up to 8."""
-    cores = torch.multiprocessing.cpu_count()
-    return 0 if num_images < 5_000 else min(8, cores)
 
 
 def make_run_folder(out: Path) -> None:

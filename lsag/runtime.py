@@ -1,0 +1,75 @@
+"""Exported graphs in onnxruntime, on the execution provider that was asked for and on no other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch  # before onnxruntime, whose CUDA provider finds torch's CUDA libraries once they are loaded
+from torch import Tensor
+
+from lsag.config import Preset, validate_preset
+from lsag.errors import InputError, UnavailableError, UsageError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+METADATA_KEY = "lsag"
+
+
+class OnnxModel:
+    """An exported model: calls take uint8 images (B, C, height, width) and give logits (B, num_classes), on the CPU."""
+
+    def __init__(self, path: str | Path, *, provider: str = "cpu") -> None:
+        """Open `path` on `provider`, "cpu" or "cuda".
+
+        InputError for a file that is no export of lsag; UnavailableError if the provider does not load: it is never
+        replaced by the CPU.
+        """
+        import onnxruntime
+
+        if provider not in PROVIDERS:
+            raise UsageError(f"unknown provider '{provider}'", f"use one of: {', '.join(PROVIDERS)}")
+        wanted = PROVIDERS[provider]
+        if not Path(path).is_file():
+            raise InputError(f"{path} does not exist", "check the path")
+        available = onnxruntime.get_available_providers()
+        if wanted not in available:
+            raise UnavailableError(f"this onnxruntime was built without {wanted}", "pip install onnxruntime-gpu")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        # Torch is idle while the session runs; spinning threads would only keep cores from the loader.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if provider == "cuda":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            onnxruntime.preload_dlls()
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=[wanted], enable_fallback=0)
+        except Exception as error:  # onnxruntime raises its own types, which it does not export
+            reason = str(error).splitlines()[0]
+            if provider == "cpu" or any(
+                word in reason for word in ("INVALID_PROTOBUF", "InvalidProtobuf", "INVALID_GRAPH")
+            ):
+                raise InputError(
+                    f"{path} is not a graph that onnxruntime can run: {reason}", "export it again"
+                ) from error
+            raise UnavailableError(f"onnxruntime could not start {wanted}: {reason}", "use --device cpu") from error
+        if self.session.get_providers()[0] != wanted:
+            raise UnavailableError(
+                f"onnxruntime could not load {wanted} (built for CUDA {getattr(onnxruntime, 'cuda_version', '?')}, "
+                f"torch has {torch.version.cuda}, CUDA is {'' if torch.cuda.is_available() else 'not '}available)",
+                "install a driver and an onnxruntime-gpu for the same CUDA, or use --device cpu",
+            )
+        self.metadata: dict[str, Any] = self._read_metadata(path)
+        self.classes = tuple(self.metadata["classes"])
+
+    def _read_metadata(self, path: str | Path) -> dict[str, Any]:
+        entries = self.session.get_modelmeta().custom_metadata_map
+        try:
+            metadata = json.loads(entries[METADATA_KEY])
+            self.preset: Preset = validate_preset(metadata["preset"], origin=f"the preset in {path}")
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(f"{path} was not exported by lsag: it has no such metadata", "use lsag export") from error
+        return metadata
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, height, width) -> float32 (B, num_classes)."""
+        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+        return torch.from_numpy(self.session.run(["logits"], {"images": pixels})[0])

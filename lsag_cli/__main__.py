@@ -1,0 +1,3 @@
+from lsag_cli.app import main
+
+main()

@@ -1,0 +1,112 @@
+"""lsag eval"""
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lsag.errors import OutputError
+from lsag_cli.options import DataDir, Dataset, Device, Json, NoDownload, Workers, data_dir_or_default
+from lsag_cli.output import note, percent, print_json, stderr, stdout
+
+if TYPE_CHECKING:
+    from lsag.evaluate import Evaluation
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or an exported .onnx file.", show_default=False)],
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; changes nothing but speed.")] = 256,
+    workers: Workers = None,
+    no_download: NoDownload = False,
+    plot: Annotated[Path | None, typer.Option(help="The confusion matrix.  [default: beside CHECKPOINT]")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Write image, label and prediction to this CSV file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a model: loss, top-1, top-5, accuracy of each class, confusion matrix."""
+    from rich.progress import MofNCompleteColumn, Progress
+
+    from lsag.evaluate import evaluate_file
+    from lsag.plots import draw_confusion
+
+    console = stderr()
+    with Progress(
+        *Progress.get_default_columns(),
+        MofNCompleteColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("images", total=None)
+        result = evaluate_file(
+            checkpoint,
+            dataset=dataset,
+            data_dir=data_dir_or_default(data_dir),
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+            download=not no_download,
+            on_batch=lambda images: bar.advance(task, images),
+        )
+    metrics = result.metrics
+    plot = plot or checkpoint.with_name(f"{checkpoint.stem}-{result.dataset}-confusion.png")
+    failure = None
+    try:
+        title = f"{result.preset.name} on {result.dataset}: {percent(metrics.top1)}"
+        draw_confusion(metrics.confusion, result.classes, plot, title=title)
+        if predictions:
+            write_predictions(result, predictions)
+    except OutputError as error:  # the figures are shown before it is raised
+        failure = error
+    if as_json:
+        per_class = dict(zip(result.classes, metrics.per_class(), strict=True))
+        figures = {"images": metrics.count, "loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
+        where = {"checkpoint": str(checkpoint), "dataset": result.dataset, "device": result.device}
+        print_json(
+            "eval", **where, **figures, per_class=per_class, confusion=metrics.confusion.tolist(), plot=str(plot)
+        )
+    else:
+        show(result)
+        if failure is None:
+            note(f"confusion matrix: {plot}")
+    if failure:
+        raise failure
+
+
+def show(result: "Evaluation") -> None:
+    """The figures, and a table of the classes (the twenty worst where there are more than thirty)."""
+    from rich.table import Table
+
+    metrics, console = result.metrics, stdout()
+    rows = sorted(
+        zip(result.classes, metrics.per_class(), metrics.confusion.sum(dim=1).tolist(), strict=True),
+        key=lambda row: (row[1] is None, row[1]),
+    )
+    many = len(rows) > 30
+    table = Table("class", title=f"the 20 worst of {len(rows)} classes" if many else None, title_justify="left")
+    table.add_column("images", justify="right")
+    table.add_column("correct", justify="right")
+    order = {name: index for index, name in enumerate(result.classes)}
+    for name, share, images in rows[:20] if many else sorted(rows, key=lambda row: order[row[0]]):
+        table.add_row(name, f"{images:,}", percent(share))
+    console.print(table)
+    console.print(f"{result.preset.name} on {result.dataset}, {metrics.count:,} images, {result.device}", markup=False)
+    console.print(f"top-1 {percent(metrics.top1)}   top-5 {percent(metrics.top5)}   loss {metrics.loss:.4f}")
+
+
+def write_predictions(result: "Evaluation", path: Path) -> None:
+    """One line for each image: its name, its class and the predicted class."""
+    try:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "label", "predicted"])
+            labels, predicted = result.metrics.labels.tolist(), result.metrics.predictions.tolist()
+            for name, label, guess in zip(result.images, labels, predicted, strict=True):
+                writer.writerow([name, result.classes[label], result.classes[guess]])
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}", "choose another --predictions") from error

@@ -1,0 +1,103 @@
+"""lsag flops and lsag presets"""
+
+from typing import Annotated
+
+import typer
+
+from lsag.config import DATASETS, Preset, preset_paths
+from lsag.flops import Count, count, count_stages
+from lsag_cli.options import Json, Overrides, _complete, read_preset
+from lsag_cli.output import giga, mega, print_json, stdout
+
+
+def flops(
+    preset: Annotated[
+        list[str] | None,
+        typer.Option("--preset", help="Only this preset (name or file); repeatable.", autocompletion=_complete),
+    ] = None,
+    overrides: Overrides = None,
+    by_stage: Annotated[bool, typer.Option("--by-stage", help="A line for each stage.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Count parameters, MACs and FLOPs per image, beside the paper's figures. Nothing is run."""
+    presets = [read_preset(name, overrides) for name in preset or preset_paths()]
+    if as_json:
+        print_json("flops", presets=[describe(item) for item in presets])
+        return
+    from rich.table import Table
+
+    table = Table("preset", *(["stage"] if by_stage else []), title="per image, one forward pass", title_justify="left")
+    for heading in ("parameters", "MACs, plain", "FLOPs, plain", "MACs run", "paper: params", "paper: 'GFLOPs'"):
+        table.add_column(heading, justify="right")
+    for item in presets:
+        paper = item.paper
+        printed = (f"{paper.params_m} M" if paper else "-", f"{paper.gmacs} G MACs" if paper and paper.gmacs else "-")
+        if by_stage:
+            for stage in count_stages(item.model):
+                table.add_row(item.name, stage.name, *cells(stage), "", "")
+        table.add_row(
+            item.name, *(["total"] if by_stage else []), *cells(count(item.model)), *printed, end_section=by_stage
+        )
+    console = stdout()
+    console.print(table)
+    console.print(
+        "plain: keys and values of every shift variant. run: the same function with them absorbed (docs/design.md).\n"
+        "FLOPs = 2 x MACs. The paper's 'GFLOPs' are MACs, and its counter counts one of the T embedding convolutions."
+    )
+
+
+def presets(as_json: Json = False) -> None:
+    """List the presets."""
+    loaded = [read_preset(name, None) for name in preset_paths()]
+    if as_json:
+        print_json("presets", presets=[describe(item) for item in loaded])
+        return
+    from rich.table import Table
+
+    table = Table("preset", "what", "dataset")
+    for heading in ("image", "parameters", "MACs run", "epochs", "training"):
+        table.add_column(heading, justify="right")
+    for item in loaded:
+        total = count(item.model)
+        cost = training_flops(item, total)
+        table.add_row(
+            item.name,
+            item.description,
+            item.data.dataset,
+            str(item.model.image_size),
+            mega(total.params),
+            giga(total.macs_run),
+            str(item.train.epochs),
+            f"{cost / 1e15:,.2f} PFLOP" if cost else "-",
+        )
+    console = stdout()
+    console.print(table)
+    console.print("training: 3 x 2 x MACs run x images x epochs. See one with: lsag train --preset NAME --dry-run")
+
+
+def cells(total: Count) -> tuple[str, ...]:
+    return f"{total.params:,}", giga(total.macs), giga(total.flops), giga(total.macs_run)
+
+
+def training_flops(preset: Preset, total: Count) -> float | None:
+    """A forward and twice that backward, for each image of each epoch."""
+    known = DATASETS.get(preset.data.dataset)
+    return 6.0 * total.macs_run * known.train_images * preset.train.epochs if known else None
+
+
+def describe(preset: Preset) -> dict[str, object]:
+    def figures(item: Count) -> dict[str, object]:
+        return {"params": item.params, "macs": item.macs, "flops": item.flops, "macs_run": item.macs_run}
+
+    total = count(preset.model)
+    return {
+        "name": preset.name,
+        "description": preset.description,
+        "dataset": preset.data.dataset,
+        "image_size": preset.model.image_size,
+        "epochs": preset.train.epochs,
+        "training_flops": training_flops(preset, total),
+        **figures(total),
+        "paper": preset.paper.model_dump() if preset.paper else None,
+        "stages": [{"name": stage.name, **figures(stage)} for stage in count_stages(preset.model)],
+    }

@@ -1,0 +1,47 @@
+"""Options that several commands share."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lsag.config import Preset, load_preset, parse_override, preset_paths
+
+
+def _complete(incomplete: str) -> list[str]:
+    return [name for name in preset_paths() if name.startswith(incomplete)]
+
+
+PresetName = Annotated[
+    str,
+    typer.Option("--preset", help="A preset's name (lsag presets) or a .toml or .json file.", autocompletion=_complete),
+]
+OptionalPreset = Annotated[
+    str | None, typer.Option("--preset", help="A preset's name or a .toml or .json file.", autocompletion=_complete)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the preset; repeatable.")
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="digits, cifar10, cifar100, imagenet (train/ and val/), or folder (the same, or test/)."),
+]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Where the data is. [default: $LSAG_DATA, or ./data]", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that prepare images.  [default: by the machine]")]
+NoDownload = Annotated[bool, typer.Option("--no-download", help="Never fetch a dataset.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def data_dir_or_default(data_dir: Path | None) -> Path:
+    """The option, else $LSAG_DATA, else ./data."""
+    return data_dir or Path(os.environ.get("LSAG_DATA") or "data")
+
+
+def read_preset(name: str, overrides: list[str] | None, dataset: str | None = None) -> Preset:
+    """The preset on `dataset`, with the `--set` options applied last."""
+    changes: dict[str, Any] = dict(parse_override(text) for text in overrides or [])
+    return load_preset(name, changes, dataset=dataset)

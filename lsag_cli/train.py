@@ -1,0 +1,202 @@
+"""lsag train"""
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lsag.config import Preset
+from lsag.errors import UnavailableError, UsageError
+from lsag_cli.options import (
+    DataDir,
+    Dataset,
+    Device,
+    Json,
+    NoDownload,
+    Overrides,
+    PresetName,
+    Workers,
+    data_dir_or_default,
+    read_preset,
+)
+from lsag_cli.output import giga, mega, note, percent, print_json, stderr, stdout
+
+if TYPE_CHECKING:
+    from lsag.train import Epoch, Started, Step
+
+
+def train(
+    preset: PresetName = "digits-nano",
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Train for so many epochs.")] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/PRESET-TIME]")] = None,
+    device: Device = "auto",
+    gpus: Annotated[int | None, typer.Option(min=0, help="0 or 1 for now.")] = None,
+    workers: Workers = None,
+    no_download: NoDownload = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and touch nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model. Without arguments: digits-nano, on handwritten digits that need no download, in about a minute."""
+    overrides = [*(overrides or []), *([f"train.epochs={epochs}"] if epochs else [])]
+    resolved = read_preset(preset, overrides, dataset)
+    if dry_run:
+        return show_plan(resolved, as_json)
+    device = device_for(gpus, device)
+    out = out or Path("runs") / f"{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+    from lsag.train import Epoch, Started, Step
+    from lsag.train import train as run
+
+    display: Display | None = None
+    last: Epoch | None = None
+    try:
+        for event in run(
+            resolved,
+            data_dir=data_dir_or_default(data_dir),
+            out=out,
+            device=device,
+            workers=workers,
+            download=not no_download,
+        ):
+            if isinstance(event, Started):
+                display = Display(event)
+            elif isinstance(event, Step) and display:
+                display.step(event)
+            elif isinstance(event, Epoch) and display:
+                display.epoch(event)
+                last = event
+    except KeyboardInterrupt:
+        kept = f"; the state after epoch {last.epoch} is in {out / 'last.pt'}" if last else ""
+        note(f"lsag: error: interrupted{kept}")
+        raise typer.Exit(130) from None
+    finally:
+        if display:
+            display.close()
+    assert last is not None, "a training has at least one epoch"
+
+    checkpoint = out / "best.pt"
+    next_steps = [f"lsag eval {checkpoint}", f"lsag export {checkpoint} --onnx"]
+    if as_json:
+        figures = {"best_top1": last.best_top1, "last_top1": last.top1, "epochs": last.epoch, "seconds": last.seconds}
+        print_json("train", out=str(out), checkpoint=str(checkpoint), **figures, next=next_steps)
+        return
+    console = stdout()
+    console.print(f"best accuracy  {percent(last.best_top1)}  in {duration(last.seconds)}", markup=False)
+    console.print(f"everything is in {out}: best.pt, last.pt, curves.png, metrics.jsonl, preset.json", markup=False)
+    for command in next_steps:
+        console.print(f"next: {command}", markup=False)
+
+
+def device_for(gpus: int | None, device: str) -> str:
+    """What `--gpus` and `--device` together ask for. UnavailableError or UsageError if it cannot be had."""
+    if gpus is None:
+        return device
+    if gpus == 0 and device in ("auto", "cpu"):
+        return "cpu"
+    if gpus and device.partition(":")[0] in ("auto", "cuda"):
+        import torch
+
+        found = torch.cuda.device_count()
+        if found < gpus:
+            raise UnavailableError(f"asked for {gpus} GPUs, found {found}", "use --gpus 0, or fewer")
+        if gpus > 1:
+            raise UsageError("training on more than one GPU is not supported yet", "use --gpus 1")
+        return "cuda" if device == "auto" else device
+    raise UsageError(f"--gpus {gpus} contradicts --device {device}", "give one of them")
+
+
+def show_plan(preset: Preset, as_json: bool) -> None:
+    """The resolved preset and what training it means."""
+    from lsag.config import DATASETS
+    from lsag.flops import count
+
+    total, recipe = count(preset.model), preset.train
+    known = DATASETS.get(preset.data.dataset)
+    steps = known.train_images // recipe.batch_size if known else None
+    plan: dict[str, Any] = {
+        "parameters": total.params,
+        "macs": total.macs,
+        "macs_run": total.macs_run,
+        "train_images": known.train_images if known else None,
+        "steps_per_epoch": steps,
+        "steps": steps * recipe.epochs if steps is not None else None,
+        "batch_size": recipe.batch_size,
+        "peak_lr": recipe.lr * recipe.lr_scale,
+    }
+    if as_json:
+        print_json("train", dry_run=True, preset=preset.model_dump(mode="json"), **plan)
+        return
+    console = stdout()
+    console.print(preset.model_dump_json(indent=2), markup=False)
+    console.print(f"parameters       {total.params:,}")
+    console.print(f"MACs per image   {giga(total.macs)}, of which {giga(total.macs_run)} are run")
+    console.print(f"steps            {recipe.epochs} epochs of {steps or 'a number that depends on the folder'}")
+    console.print(f"effective batch  {recipe.batch_size}")
+    console.print(f"peak lr          {plan['peak_lr']:.3g} ({recipe.lr:g} x {recipe.batch_size} / 512)")
+
+
+class Display:
+    """Progress of a training on stderr: a live bar on a terminal, elsewhere a plain line for each epoch."""
+
+    def __init__(self, started: "Started") -> None:
+        self.epochs, self.steps = started.preset.train.epochs, started.steps_per_epoch
+        self.begin, self.accuracy = time.monotonic(), "-"
+        note(
+            f"{started.preset.name}: {mega(started.parameters)} parameters on {started.device}, "
+            f"{started.train_images:,} training and {started.eval_images:,} evaluation images, "
+            f"{self.epochs} epochs of {self.steps} steps; writing to {started.out}"
+        )
+        console = stderr()
+        self.bar = None
+        if console.is_terminal:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:3.0f} %"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                transient=True,
+                expand=True,
+            )
+            self.task = self.bar.add_task("starting", total=self.epochs * self.steps)
+            self.bar.start()
+
+    def step(self, event: "Step") -> None:
+        if self.bar:
+            text = (
+                f"epoch {event.epoch}/{self.epochs}  step {event.step}/{self.steps}  loss {event.loss:.3f}  "
+                f"accuracy {self.accuracy}  {event.images_per_second:,.0f} img/s"
+            )
+            done = (event.epoch - 1) * self.steps + event.step
+            self.bar.update(self.task, completed=done, description=text)
+
+    def epoch(self, event: "Epoch") -> None:
+        self.accuracy = percent(event.top1)
+        elapsed = time.monotonic() - self.begin
+        left = elapsed / event.epoch * (self.epochs - event.epoch)
+        line = (
+            f"epoch {event.epoch}/{self.epochs}  loss {event.train_loss:.3f}  eval loss {event.eval_loss:.3f}  "
+            f"accuracy {self.accuracy}  best {percent(event.best_top1)}  {event.images_per_second:,.0f} img/s  "
+            f"data wait {100 * event.data_wait:.0f} %  {duration(left)} left"
+        )
+        # On a terminal, long trainings of small models would scroll the screen away.
+        if self.bar is None or event.seconds > 10 * event.epoch or event.epoch == self.epochs:
+            note(line) if self.bar is None else self.bar.console.print(line, markup=False)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """75 -> '1 min 15 s'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
