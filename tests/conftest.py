@@ -1,0 +1,115 @@
+"""Fixtures: small presets, the material beside a checkout where it is present, and a run of the command line."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lsag import ModelConfig, Preset, load_preset
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+CIFAR_SHIFTS = load_preset("cifar-tiny").model.shifts
+IMAGENET_SHIFTS = load_preset("in1k-tiny").model.shifts
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def shared(name: str) -> Path:
+    """A file of the optional material beside the checkout; the test is skipped where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{name} is not beside this checkout")
+    return path
+
+
+def small_config(**changes: object) -> ModelConfig:
+    """A network of three stages that runs in milliseconds: 12 x 12 images, 5 variants."""
+    values: dict[str, object] = {
+        "image_size": 12,
+        "num_classes": 7,
+        "shifts": CIFAR_SHIFTS[:5],
+        "patch_kernel": 3,
+        "patch_stride": 1,
+        "patch_padding": 1,
+        "stages": [
+            {"embed_dim": 8, "depth": 2, "num_heads": 2, "num_kv_heads": 1},
+            {"embed_dim": 12, "depth": 1, "num_heads": 3},
+            {"embed_dim": 16, "depth": 1, "num_heads": 4, "num_kv_heads": 2},
+        ],
+    }
+    return ModelConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Fill every parameter with values large enough that no term of a formula can hide."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            scale, offset = (0.3, 1.0) if "norm" in name and name.endswith("weight") else (0.3, 0.0)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + offset)
+    return module
+
+
+def images(batch: int, config: ModelConfig, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, config.in_channels, config.image_size, config.image_size, generator=generator)
+
+
+@pytest.fixture
+def tiny_preset() -> Preset:
+    """digits-nano, cut down to train in seconds: one epoch, 8-dimensional."""
+    return load_preset(
+        "digits-nano",
+        {
+            "model.stages": [
+                {"embed_dim": 8, "depth": 2, "num_heads": 2},
+                {"embed_dim": 8, "depth": 1, "num_heads": 2},
+            ],
+            "train.epochs": 1,
+            "train.warmup_epochs": 0,
+        },
+    )
+
+
+TINY = [
+    "--set=model.stages=[{embed_dim=8,depth=2,num_heads=2},{embed_dim=8,depth=1,num_heads=2}]",
+    "--set=train.warmup_epochs=0",
+    "--epochs=1",
+]
+"""Options that make `lsag train` finish in seconds."""
+
+
+@pytest.fixture
+def lsag(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in a process of its own, in an empty folder."""
+
+    def run(
+        *arguments: object, env: dict[str, str] | None = None, cwd: Path = tmp_path
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "lsag_cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"} | (env or {}),
+            timeout=300,
+        )
+
+    return run
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """One line on stderr that begins as documented and names each of `words`; that exit code; nothing on stdout."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == code, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("lsag: error: "), done.stderr
+    assert len(lines[0]) <= 420
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in: {lines[0]}"
+    assert not done.stdout

@@ -1,0 +1,141 @@
+import os
+import pickle
+import random
+import zipfile
+
+import pytest
+import torch
+
+from lsag import LSAG, load_checkpoint
+from lsag.checkpoint import Checkpoint, random_checkpoint, replacing, save_checkpoint
+from lsag.errors import InputError, OutputError
+from tests.conftest import images, randomise
+
+
+@pytest.fixture
+def saved(tmp_path, tiny_preset):
+    checkpoint = random_checkpoint(tiny_preset)
+    randomise(checkpoint.model)
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, Checkpoint(checkpoint.model, tiny_preset, tuple("abcdefghij"), 3, {"top1": 0.5}))
+    return path, checkpoint
+
+
+def test_a_checkpoint_comes_back_whole(saved, tiny_preset):
+    path, original = saved
+    loaded = load_checkpoint(path)
+    batch = images(2, tiny_preset.model)
+    assert torch.equal(loaded.model(batch), original.model(batch))
+    assert (loaded.preset, loaded.classes) == (tiny_preset, tuple("abcdefghij"))
+    assert (loaded.epoch, loaded.metrics) == (3, {"top1": 0.5})
+    assert isinstance(loaded.model, LSAG) and not loaded.model.training
+    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_checkpoints_are_plain_data_with_clean_names(saved):
+    contents = torch.load(saved[0], weights_only=True)
+    assert set(contents) == {"format", "kind", "preset", "classes", "epoch", "metrics", "model"}
+    assert not [key for key in contents["model"] if key.startswith(("module.", "_orig_mod."))]
+
+
+def test_a_flipped_bit_or_a_cut_is_never_loaded_as_other_weights(saved, tmp_path):
+    path, original = saved
+    data = path.read_bytes()
+    batch = images(1, original.preset.model)
+    expected = original.model(batch)
+    generator = random.Random(0)
+    mutant = tmp_path / "mutant.pt"
+    refused = 0
+    for trial in range(300):
+        changed = bytearray(data)
+        if trial % 3:
+            position = generator.randrange(len(data) * 8)
+            changed[position // 8] ^= 1 << position % 8
+        else:
+            del changed[generator.randrange(len(data)) :]
+        mutant.write_bytes(changed)
+        try:
+            assert torch.equal(load_checkpoint(mutant).model(batch), expected)
+        except InputError:
+            refused += 1
+    assert refused > 250, "what is left changes no weight: padding between the entries"
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/lsag-payload-was-run",)
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+    torch.save({"kind": "lsag", "format": 1, "model": Payload()}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload()))
+    for name in ("evil.pt", "plain.pt"):
+        with pytest.raises(InputError, match=name):
+            load_checkpoint(tmp_path / name)
+    assert not os.path.exists("/tmp/lsag-payload-was-run")
+
+
+def test_bombs_and_foreign_files_are_refused(tmp_path, saved):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\0" * 10_000_000)
+    (tmp_path / "text.pt").write_text("these are my weights")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "folder.pt").mkdir()
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    torch.save([1], tmp_path / "list.pt")
+    torch.save(torch.load(saved[0]) | {"format": 2}, tmp_path / "newer.pt")
+    for name, word in {
+        "bomb.pt": "compressed",
+        "text.pt": "not a checkpoint",
+        "empty.pt": "not a checkpoint",
+        "folder.pt": "Is a directory",
+        "absent.pt": "No such file",
+        "foreign.pt": "lsag convert",
+        "list.pt": "not an lsag checkpoint",
+        "newer.pt": "format 2",
+    }.items():
+        with pytest.raises(InputError, match=name) as caught:
+            load_checkpoint(tmp_path / name)
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda c: c["model"].pop("head.bias"), "head.bias is missing"),
+        (lambda c: c["model"].update(extra=torch.zeros(1)), "extra is unknown"),
+        (lambda c: c["model"].update({"head.bias": torch.zeros(3)}), "head.bias is torch.float32 (3,)"),
+        (lambda c: c["model"].update({"head.bias": torch.zeros(10).half()}), "torch.float16"),
+        (lambda c: c["model"]["head.bias"].fill_(float("nan")), "head.bias is not finite"),
+        (lambda c: c["preset"]["model"].update(num_classes=9), "classes"),
+        (lambda c: c["preset"].pop("model"), "model is missing"),
+        (lambda c: c.update(classes=3), "not hold what its format promises"),
+        (lambda c: c.update(model=3), "not hold what its format promises"),
+    ],
+)
+def test_contents_that_do_not_fit_are_named(saved, change, word):
+    path, _ = saved
+    contents = torch.load(path)
+    change(contents)
+    torch.save(contents, path)
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(path)
+    assert word in str(caught.value)
+
+
+def test_a_failed_write_leaves_what_was_there(saved, monkeypatch):
+    path, original = saved
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"cannot write .*a\.pt: No space left"):
+        save_checkpoint(path, original)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["a.pt"]
+
+
+def test_replacing_needs_a_folder(tmp_path):
+    with pytest.raises(OutputError, match="No such file"), replacing(tmp_path / "absent" / "a.pt"):
+        pass

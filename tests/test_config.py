@@ -1,0 +1,167 @@
+import json
+import tomllib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lsag import load_preset
+from lsag.config import DATASETS, Preset, parse_override, preset_paths
+from lsag.errors import LsagError, UsageError
+from tests.conftest import CIFAR_SHIFTS, IMAGENET_SHIFTS
+
+TABLE_2 = {
+    # image, T, kernel, stride, padding, widths, depths, heads, key/value heads
+    "in1k-tiny": (224, 10, 7, 7, 0, [192] * 4, [2, 4, 4, 4], [4] * 4, [4] * 4),
+    "in1k-tiny-release": (224, 10, 9, 7, 1, [192] * 4, [2, 4, 4, 4], [4] * 4, [4] * 4),
+    "in1k-small": (224, 10, 4, 4, 0, [64, 192, 384], [2, 2, 10], [2, 6, 12], [2, 6, 12]),
+    "cifar-tiny": (32, 18, 3, 1, 1, [192] * 4, [2, 4, 4, 4], [3] * 4, [1] * 4),
+    "cifar-small": (32, 18, 3, 1, 1, [384] * 4, [2, 4, 4, 4], [6] * 4, [6] * 4),
+    "cifar-base": (32, 18, 3, 1, 1, [768] * 4, [3, 3, 3, 3], [12] * 4, [12] * 4),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_presets_are_table_2(name):
+    model = load_preset(name).model
+    found = (
+        model.image_size,
+        model.num_variants,
+        model.patch_kernel,
+        model.patch_stride,
+        model.patch_padding,
+        *([getattr(s, field) for s in model.stages] for field in ("embed_dim", "depth", "num_heads", "num_kv_heads")),
+    )
+    assert found == TABLE_2[name]
+    assert model.shifts == (CIFAR_SHIFTS if name.startswith("cifar") else IMAGENET_SHIFTS)
+    assert model.shift_mode == ("extend" if name.endswith("release") else "roll")
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_presets_follow_the_recipe_of_section_3_3(name):
+    preset = load_preset(name)
+    train, augment = preset.train, preset.augment
+    assert (train.epochs, train.weight_decay, train.clip_grad, train.lr) == (300, 0.05, 5.0, 5e-4)
+    assert train.warmup_epochs == (5 if name.startswith("cifar") else 20)
+    assert (augment.rand_augment, augment.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob) == (0.8, 1.0, 1.0, 0.5)
+    assert (augment.label_smoothing, preset.model.drop_path, preset.data.interpolation) == (0.1, 0.1, "bicubic")
+    assert (preset.data.eval_resize, preset.data.train_crop) == (
+        (None, "padded") if name.startswith("cifar") else (256, "resized")
+    )
+
+
+@pytest.mark.parametrize("path", preset_paths().values(), ids=preset_paths())
+def test_preset_files_say_what_they_are(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Command:", "Cost:"):
+        assert any(word in line for line in header), f"{path.name} has no {word}"
+    assert tomllib.loads(path.read_text())["description"]
+
+
+@pytest.mark.parametrize("name", preset_paths())
+def test_dumped_presets_load_as_themselves(name, tmp_path):
+    preset = load_preset(name)
+    path = tmp_path / "preset.json"
+    path.write_text(preset.model_dump_json())
+    assert load_preset(path) == preset == Preset.model_validate(json.loads(path.read_text()))
+
+
+def test_overrides_and_dataset():
+    preset = load_preset("cifar-tiny", {"train.epochs": 7, "model.stages.1.depth": 3}, dataset="cifar100")
+    assert (preset.train.epochs, preset.model.stages[1].depth, preset.model.num_classes) == (7, 3, 100)
+    assert preset.data.mean == DATASETS["cifar100"].mean
+    folder = load_preset("cifar-tiny", dataset="folder")
+    assert folder.data.mean == DATASETS["cifar10"].mean and folder.data.dataset == "folder"
+    assert load_preset("cifar-tiny", {"model.num_classes": 3}, dataset="cifar100").model.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.b=1", ("a.b", 1)),
+        ("a=1e-3", ("a", 1e-3)),
+        ("a=none", ("a", "none")),
+        ("a=[1, 2]", ("a", [1, 2])),
+        ("a=x=y", ("a", "x=y")),
+        ("a=", ("a", "")),
+        ("a=1\nb=2", ("a", "1\nb=2")),
+    ],
+)
+def test_override_values_are_toml_or_else_text(text, expected):
+    assert parse_override(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"train.epoch": 3}, ["unknown key train.epoch", "did you mean 'epochs'"]),
+        ({"model.stages.0.dept": 3}, ["did you mean 'depth'"]),
+        ({"train.epochs": "ten"}, ["train.epochs", "'ten'"]),
+        ({"train.epochs": 1.5}, ["train.epochs", "1.5"]),
+        ({"train.epochs": True}, ["train.epochs"]),
+        ({"train.lr": float("inf")}, ["train.lr", "finite"]),
+        ({"train.lr": -1, "train.seed": -1}, ["train.lr", "train.seed"]),
+        ({"train.warmup_epochs": 400}, ["warmup_epochs 400 is more than epochs 300"]),
+        ({"train.batch_size": 33}, ["must be even"]),
+        ({"model.stages.9.depth": 3}, ["no setting 'model.stages.9.depth'"]),
+        ({"train": 3}, ["train"]),
+        ({"data.dataset": "mnist"}, ["data.dataset", "cifar10"]),
+        ({"data.mean": [0.5]}, ["3 values each"]),
+        ({"model.in_channels": 1}, ["data.mean"]),
+        ({"name": ""}, ["name"]),
+    ],
+)
+def test_mistakes_are_named_all_at_once(overrides, words):
+    with pytest.raises(UsageError) as caught:
+        load_preset("cifar-tiny", overrides)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xfe", b"name = ", b"[model]\nx = 1", b"a=1\na=2", b"\x00" * 99, b"x=" + b"[" * 5000, b"#" * 2_000_000],
+)
+def test_files_that_are_no_presets_are_refused(tmp_path, content):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"mine"):
+        load_preset(path)
+
+
+def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + preset_paths()["cifar-tiny"].read_bytes().replace(b"\n", b"\r\n"))
+    assert load_preset(path).model == load_preset("cifar-tiny").model
+
+
+def test_unknown_presets_suggest_a_known_one():
+    with pytest.raises(UsageError, match="did you mean 'cifar-tiny'"):
+        load_preset("cifar-tini")
+
+
+KEYS = [
+    f"{section}.{name}"
+    for section, field in Preset.model_fields.items()
+    if hasattr(field.annotation, "model_fields")
+    for name in field.annotation.model_fields
+]
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.one_of(st.integers(-40, 40), st.lists(st.integers(-3, 3), max_size=3)), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
+def test_any_value_of_any_key_is_taken_or_refused_in_words(overrides):
+    try:
+        assert isinstance(load_preset("digits-nano", overrides), Preset)
+    except LsagError as error:
+        assert error.exit_code == 2

@@ -1,0 +1,159 @@
+import pytest
+import torch
+from pydantic import ValidationError
+
+from lsag import LSAG, ModelConfig, load_preset
+from lsag.config import preset_paths
+from tests import oracle
+from tests.conftest import CIFAR_SHIFTS, IMAGENET_SHIFTS, images, randomise, small_config
+
+STAGE = {"embed_dim": 8, "depth": 2, "num_heads": 2}
+CONFIGS = {
+    "multi-query and grouped heads, odd grids": small_config(),
+    "full heads, 18 variants": small_config(
+        image_size=8, shifts=CIFAR_SHIFTS, stages=[STAGE, STAGE | {"embed_dim": 12}]
+    ),
+    "one variant, one stage, grey": small_config(shifts=[[0, 0]], in_channels=1, stages=[STAGE]),
+    "stride 4": small_config(image_size=16, shifts=IMAGENET_SHIFTS, patch_kernel=4, patch_stride=4, patch_padding=0),
+    "kernel 9, extended": small_config(
+        image_size=28, shifts=IMAGENET_SHIFTS, patch_kernel=9, patch_stride=7, patch_padding=1, shift_mode="extend"
+    ),
+    "kernel 9, rolled": small_config(
+        image_size=28, shifts=IMAGENET_SHIFTS, patch_kernel=9, patch_stride=7, patch_padding=1
+    ),
+    "no padding, overlapping patches": small_config(image_size=9, patch_padding=0, stages=[STAGE]),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_agrees_with_a_literal_reading_of_the_paper(config):
+    model = randomise(LSAG(config)).eval()
+    batch = images(2, config)
+    expected = oracle.logits(batch, dict(model.state_dict()), config)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(model(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_extending_and_rolling_differ_only_for_kernel_9():
+    rolled, extended = CONFIGS["kernel 9, rolled"], CONFIGS["kernel 9, extended"]
+    batch = images(2, rolled)
+    for kernel, padding, same in ((9, 1, False), (7, 0, True)):
+        change = {"patch_kernel": kernel, "patch_padding": padding}
+        a, b = (randomise(LSAG(config.model_copy(update=change))).embed(batch) for config in (rolled, extended))
+        differs = (a - b).abs().amax(dim=(0, 2, 3)).view(4, 4) > 1e-6
+        assert not differs[:3, :3].any()
+        assert bool(differs[3].any() or differs[:, 3].any()) is not same
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_row_of_a_batch_is_that_image_alone(config):
+    model = randomise(LSAG(config)).eval()
+    batch = images(3, config)
+    torch.testing.assert_close(model(batch)[1:2], model(batch[1:2]), rtol=1e-5, atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = randomise(LSAG(small_config(drop_path=0.0)))
+    model(images(3, model.config)).square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without
+
+
+def test_the_key_bias_of_the_local_attention_changes_nothing():
+    model = randomise(LSAG(small_config())).eval()
+    before = model(images(2, model.config))
+    with torch.no_grad():
+        bias = model.stages[0].blocks[0].attn.kv.bias
+        bias[: len(bias) // 2] += 1.0
+        after = model(images(2, model.config))
+        bias[len(bias) // 2 :] += 1.0
+        changed = model(images(2, model.config))
+    torch.testing.assert_close(before, after)
+    assert (changed - after).abs().max() > 0.01
+
+
+def test_drop_path_acts_in_training_only():
+    model = randomise(LSAG(small_config(drop_path=0.5)))
+    batch = images(4, model.config)
+    assert torch.equal(model.eval()(batch), model(batch))
+    torch.manual_seed(0)
+    first = model.train()(batch)
+    assert not torch.equal(first, model(batch))
+    torch.manual_seed(0)
+    assert torch.equal(first, model(batch))
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = LSAG(load_preset("digits-nano").model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            assert 0.017 < parameter.std() < 0.023, name
+
+
+def test_features_head_and_classifier():
+    model = LSAG(small_config()).eval()
+    batch = images(2, model.config)
+    features = model.forward_features(batch)
+    assert features.shape == (2, 9, 16) and model.num_features == 16
+    assert model.forward_head(features, pre_logits=True).shape == (2, 16)
+    assert torch.equal(model.forward_head(features), model(batch))
+    assert model.get_classifier() is model.head
+    model.reset_classifier(3)
+    assert model(batch).shape == (2, 3) and model.config.num_classes == model.num_classes == 3
+    model.reset_classifier(0)
+    assert torch.equal(model(batch), features.mean(dim=1))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 12, 13), (1, 1, 12, 12), (3, 12, 12)])
+def test_refuses_images_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"expected images of shape \(batch, 3, 12, 12\)"):
+        LSAG(small_config())(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shifts": [[1, 0]]}, "unshifted"),
+        ({"shifts": [[0, 0], [-1, 0]], "shift_mode": "extend"}, "negative"),
+        ({"shifts": [[0, 0], [12, 0]]}, "smaller than image_size"),
+        ({"shifts": []}, "at least 1"),
+        ({"patch_stride": 5}, "use 10 or 15"),
+        ({"patch_kernel": 15}, "larger than the padded image"),
+        ({"patch_padding": 3}, "smaller than patch_kernel"),
+        ({"stages": [STAGE | {"num_heads": 3}]}, "multiple of num_heads"),
+        ({"stages": [STAGE | {"num_heads": 4, "num_kv_heads": 3}]}, "multiple of num_kv_heads"),
+        ({"num_classes": 0}, "greater than 0"),
+        ({"drop_path": float("nan")}, "finite"),
+        ({"drop_path": 1.0}, "less than 1"),
+        ({"image_size": True}, "valid integer"),
+        ({"image_size": "12"}, "valid integer"),
+        ({"depth": 3}, "Extra inputs"),
+    ],
+)
+def test_configurations_that_cannot_be_are_refused(change, message):
+    with pytest.raises(ValidationError, match=message):
+        small_config(**change)
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(ValidationError):
+        small_config().num_classes = 3
+
+
+def test_key_value_heads_default_to_the_query_heads():
+    assert ModelConfig.model_validate(small_config().model_dump()).stages[1].num_kv_heads == 3
+
+
+@pytest.mark.parametrize("name", preset_paths())
+def test_every_preset_builds_and_runs(name):
+    config = load_preset(name).model
+    with torch.device("meta"):
+        assert LSAG(config)(torch.zeros(2, config.in_channels, config.image_size, config.image_size)).shape == (
+            2,
+            config.num_classes,
+        )

@@ -1,0 +1,134 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lsag import load_checkpoint, load_preset
+from lsag.data import open_split
+from lsag.errors import CheckError, InputError, OutputError, UnavailableError
+from lsag.evaluate import evaluate_file
+from lsag.train import Epoch, Started, Step, make_mixup, train
+
+
+def run(preset, out, **options):
+    return list(train(preset, data_dir=out.parent, out=out, device="cpu", **options))
+
+
+@pytest.fixture
+def two_epochs(tiny_preset):
+    return tiny_preset.model_copy(update={"train": tiny_preset.train.model_copy(update={"epochs": 2})})
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, two_epochs):
+    events = run(two_epochs, tmp_path / "run")
+    assert isinstance(events[0], Started) and events[0].steps_per_epoch == 1437 // 64
+    epochs = [event for event in events if isinstance(event, Epoch)]
+    assert any(isinstance(event, Step) for event in events)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "best.pt",
+        "curves.png",
+        "last.pt",
+        "metrics.jsonl",
+        "preset.json",
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2] == [event.epoch for event in epochs]
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    assert rows[1]["step"] == 2 * (1437 // 64)
+    assert load_preset(tmp_path / "run/preset.json") == two_epochs
+    with Image.open(tmp_path / "run/curves.png") as image:
+        assert image.size == (1200, 480) and len(np.unique(np.asarray(image))) > 10
+    last = load_checkpoint(tmp_path / "run/last.pt")
+    assert last.epoch == 2 and last.metrics["top1"] == rows[1]["top1"]
+    # The checkpoint alone gives back the figures of the run.
+    again = evaluate_file(tmp_path / "run/last.pt", data_dir=tmp_path, device="cpu")
+    assert again.metrics.top1 == rows[1]["top1"] and again.metrics.loss == pytest.approx(rows[1]["eval_loss"], rel=1e-5)
+
+
+def test_the_best_epoch_is_kept(tmp_path, two_epochs, monkeypatch):
+    import lsag.train as module
+
+    real, scores = module.evaluate, iter([0.9, 0.3])
+
+    def scored(*args, **kwargs):
+        from dataclasses import replace
+
+        return replace(real(*args, **kwargs), top1=next(scores))
+
+    monkeypatch.setattr(module, "evaluate", scored)
+    epochs = [event for event in run(two_epochs, tmp_path / "run") if isinstance(event, Epoch)]
+    assert [event.best_top1 for event in epochs] == [0.9, 0.9]
+    assert load_checkpoint(tmp_path / "run/best.pt").epoch == 1
+    assert load_checkpoint(tmp_path / "run/last.pt").epoch == 2
+
+
+def test_equal_seeds_give_equal_weights(tmp_path, tiny_preset):
+    preset = load_preset(_write(tmp_path, tiny_preset), {"augment.mixup": 0.8, "augment.cutmix": 1.0})
+    for name, options in {"a": {}, "b": {"workers": 2}}.items():
+        run(preset, tmp_path / name, **options)
+    run(load_preset(_write(tmp_path, preset), {"train.seed": 1}), tmp_path / "c")
+    a, b, c = (load_checkpoint(tmp_path / name / "last.pt").model.state_dict() for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(not torch.equal(a[key], c[key]) for key in a)
+
+
+def _write(folder, preset):
+    path = folder / "written.json"
+    path.write_text(preset.model_dump_json())
+    return path
+
+
+# Golden losses of the first epoch: a change that should not alter numbers leaves them equal.
+GOLDEN = (2.2962, 2.2611)
+
+
+def test_golden_losses(tmp_path, tiny_preset):
+    (epoch,) = (event for event in run(tiny_preset, tmp_path / "run") if isinstance(event, Epoch))
+    assert (epoch.train_loss, epoch.eval_loss) == pytest.approx(GOLDEN, abs=2e-3)
+
+
+def test_folders_bring_their_classes(tmp_path, tiny_preset):
+    source = open_split("digits", tmp_path, train=True, in_channels=1)
+    for index in range(300):
+        image, label = source.load(index)
+        if label < 3:
+            for split in ("train", "val"):
+                place = tmp_path / "data" / split / f"digit-{label}"
+                place.mkdir(parents=True, exist_ok=True)
+                image.save(place / f"{index}.png")
+    preset = load_preset(_write(tmp_path, tiny_preset), {"train.batch_size": 32}, dataset="folder")
+    list(train(preset, data_dir=tmp_path / "data", out=tmp_path / "run", device="cpu"))
+    checkpoint = load_checkpoint(tmp_path / "run/best.pt")
+    assert checkpoint.classes == ("digit-0", "digit-1", "digit-2") and checkpoint.preset.model.num_classes == 3
+    (tmp_path / "data/val/digit-1").rename(tmp_path / "data/val/digit-9")
+    with pytest.raises(InputError, match="'digit-1' against 'digit-2'"):
+        list(train(preset, data_dir=tmp_path / "data", out=tmp_path / "again", device="cpu"))
+    assert not (tmp_path / "again").exists()
+
+
+def test_diverging_training_stops(tmp_path, tiny_preset):
+    preset = load_preset(_write(tmp_path, tiny_preset), {"train.lr": 1e30, "train.clip_grad": 1e30})
+    with pytest.raises(CheckError, match="diverged"):
+        run(preset, tmp_path / "run")
+
+
+def test_a_used_folder_and_an_absent_device_are_refused(tmp_path, tiny_preset):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/thesis.tex").write_text("important")
+    with pytest.raises(OutputError, match="used is not empty"):
+        run(tiny_preset, tmp_path / "used")
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OutputError, match="cannot write to"):
+        run(tiny_preset, tmp_path / "file")
+    with pytest.raises(UnavailableError, match="device 'tpu'"):
+        list(train(tiny_preset, data_dir=tmp_path, out=tmp_path / "x", device="tpu"))
+
+
+def test_mixup_follows_the_preset():
+    mix = make_mixup(load_preset("cifar-tiny"))
+    assert (mix.mixup_alpha, mix.cutmix_alpha, mix.mix_prob, mix.switch_prob) == (0.8, 1.0, 1.0, 0.5)
+    assert (mix.label_smoothing, mix.num_classes, mix.mode) == (0.1, 10, "batch")
+    assert make_mixup(load_preset("cifar-tiny", {"augment.mixup": 0, "augment.cutmix": 0})) is None
+    assert make_mixup(load_preset("cifar-tiny", {"augment.mixup_prob": 0})) is None
