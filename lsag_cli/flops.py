@@ -6,14 +6,14 @@ import typer
 
 from lsag.config import DATASETS, Preset, preset_paths
 from lsag.flops import Count, count, count_stages
-from lsag_cli.options import Json, Overrides, _complete, read_preset
+from lsag_cli.options import Json, Overrides, complete_preset, read_preset
 from lsag_cli.output import giga, mega, print_json, stdout
 
 
 def flops(
     preset: Annotated[
         list[str] | None,
-        typer.Option("--preset", help="Only this preset (name or file); repeatable.", autocompletion=_complete),
+        typer.Option("--preset", help="Only this preset (name or file); repeatable.", autocompletion=complete_preset),
     ] = None,
     overrides: Overrides = None,
     by_stage: Annotated[bool, typer.Option("--by-stage", help="A line for each stage.")] = False,

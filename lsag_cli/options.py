@@ -9,16 +9,19 @@ import typer
 from lsag.config import Preset, load_preset, parse_override, preset_paths
 
 
-def _complete(incomplete: str) -> list[str]:
+def complete_preset(incomplete: str) -> list[str]:
     return [name for name in preset_paths() if name.startswith(incomplete)]
 
 
 PresetName = Annotated[
     str,
-    typer.Option("--preset", help="A preset's name (lsag presets) or a .toml or .json file.", autocompletion=_complete),
+    typer.Option(
+        "--preset", help="A preset's name (lsag presets) or a .toml or .json file.", autocompletion=complete_preset
+    ),
 ]
 OptionalPreset = Annotated[
-    str | None, typer.Option("--preset", help="A preset's name or a .toml or .json file.", autocompletion=_complete)
+    str | None,
+    typer.Option("--preset", help="A preset's name or a .toml or .json file.", autocompletion=complete_preset),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the preset; repeatable.")

@@ -153,7 +153,7 @@ class Display:
         )
         console = stderr()
         self.bar = None
-        if console.is_terminal:
+        if console.is_terminal and not console.is_dumb_terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             self.bar = Progress(

@@ -13,7 +13,7 @@ from lsag.config import ModelConfig, StageConfig
 
 
 def variant_tokens(image: Tensor, weights: dict[str, Tensor], config: ModelConfig) -> Tensor:
-    """Section 3.1 for one image (C, H, W): tokens (N, T, D), each patch of each variant cut out and embedded by itself."""
+    """Section 3.1 for one image (C, H, W): tokens (N, T, D), each patch of each variant cut out by itself."""
     kernel, stride, padding, size = config.patch_kernel, config.patch_stride, config.patch_padding, config.image_size
     side = config.grid_sizes[0]
     num_variants, dim = config.num_variants, config.stages[0].embed_dim

@@ -62,17 +62,21 @@ def test_a_flipped_bit_or_a_cut_is_never_loaded_as_other_weights(saved, tmp_path
 
 
 class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/lsag-payload-was-run",)
+        return os.system, (f"touch '{self.marker}'",)
 
 
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
-    torch.save({"kind": "lsag", "format": 1, "model": Payload()}, tmp_path / "evil.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload()))
+    marker = tmp_path / "was-run"
+    torch.save({"kind": "lsag", "format": 1, "model": Payload(marker)}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload(marker)))
     for name in ("evil.pt", "plain.pt"):
         with pytest.raises(InputError, match=name):
             load_checkpoint(tmp_path / name)
-    assert not os.path.exists("/tmp/lsag-payload-was-run")
+    assert not marker.exists()
 
 
 def test_bombs_and_foreign_files_are_refused(tmp_path, saved):

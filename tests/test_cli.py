@@ -48,7 +48,10 @@ def test_help_and_version(lsag):
 
 
 def test_help_imports_no_torch(lsag):
-    code = "import sys; sys.argv[1:] = ['train', '--help']\nfrom lsag_cli.app import main\ntry: main()\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys; sys.argv[1:] = ['train', '--help']\nfrom lsag_cli.app import main\n"
+        "try: main()\nexcept SystemExit: print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("False\n")
 
@@ -307,7 +310,11 @@ def test_ascii_terminals_are_served(lsag):
 
 def test_presets_travel_in_the_wheel(tmp_path):
     pip = [sys.executable, "-m", "pip"]
-    subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT], check=True, capture_output=True)
+    subprocess.run(
+        [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = tmp_path.glob("lsag-*.whl")
     subprocess.run(
         [*pip, "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel], check=True, capture_output=True

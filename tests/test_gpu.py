@@ -1,0 +1,42 @@
+"""What only a CUDA device can show: `pytest -m gpu`."""
+
+import pytest
+import torch
+
+from lsag import load_preset
+from lsag.checkpoint import random_checkpoint
+from lsag.evaluate import classifier
+from lsag.export import export_onnx
+from lsag.runtime import OnnxModel
+from lsag.train import Epoch, train
+from tests.conftest import randomise
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture
+def checkpoint():
+    checkpoint = random_checkpoint(load_preset("digits-nano"))
+    randomise(checkpoint.model)
+    return checkpoint
+
+
+def test_bf16_logits_are_close_to_fp32(checkpoint):
+    images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
+    expected = classifier(checkpoint, torch.device("cpu"))(images)
+    found = classifier(checkpoint, torch.device("cuda"))(images).float().cpu()
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_training_learns(tmp_path, tiny_preset):
+    epochs = [
+        e for e in train(tiny_preset, data_dir=tmp_path, out=tmp_path / "run", device="cuda") if isinstance(e, Epoch)
+    ]
+    assert epochs[-1].train_loss < 2.3
+
+
+def test_onnxruntime_runs_on_cuda(tmp_path, checkpoint):
+    done = export_onnx(checkpoint, tmp_path / "a.onnx")
+    images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
+    found = OnnxModel(done.path, provider="cuda")(images)
+    assert (found - OnnxModel(done.path)(images)).abs().max() < 0.05
