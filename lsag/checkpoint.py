@@ -1,11 +1,7 @@
 """Checkpoint files: plain data that says all about a model, written whole or not at all, and checked when read."""
 
 import io
-import os
-import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +9,9 @@ from typing import Any
 import torch
 
 from lsag.config import Preset, validate_preset
-from lsag.errors import InputError, LsagError, OutputError, UsageError
+from lsag.data import unnamed_classes
+from lsag.errors import InputError, UsageError
+from lsag.files import replacing
 from lsag.model import LSAG
 
 FORMAT = 1
@@ -33,10 +31,10 @@ class Checkpoint:
 def random_checkpoint(preset: Preset) -> Checkpoint:
     """An untrained model of `preset`, initialised from its seed."""
     torch.manual_seed(preset.train.seed)
-    return Checkpoint(LSAG(preset.model).eval(), preset, tuple(map(str, range(preset.model.num_classes))))
+    return Checkpoint(LSAG(preset.model).eval(), preset, unnamed_classes(preset.model.num_classes))
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` to `path`: whole and synced to disk, or OutputError and `path` as it was before."""
     contents = {
         "format": FORMAT,
@@ -47,37 +45,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "metrics": checkpoint.metrics,
         "model": checkpoint.model.state_dict(),
     }
-    with replacing(path) as file:
+    with replacing(Path(path)) as file:
         torch.save(contents, file)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A binary file that takes the name `path` only once it is written and synced. OutputError when that fails."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except LsagError:
-        raise
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise OutputError(f"cannot write {path}: {reason}", "free space or choose another place") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -126,9 +95,9 @@ def _read(path: Path) -> Any:
             damaged = archive.testzip()
             if damaged is not None:
                 raise InputError(f"{path} is truncated or damaged (checksum of {damaged})", "use an undamaged file")
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # zipfile raises many types for a damaged directory
         raise InputError(
             f"{path} is not a checkpoint, or is truncated or damaged", "give a file that lsag wrote"
         ) from error

@@ -7,13 +7,13 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
-from lsag.errors import UsageError
+from lsag.errors import LsagError, UsageError
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "imagenet", "folder"]
 # Strict scalars: "10" or true is no number, while a list may stand for a tuple.
@@ -28,6 +28,8 @@ PositiveReal = Annotated[Real, Field(gt=0)]
 Shift = tuple[Integer, Integer]
 
 MAX_PRESET_BYTES = 1_000_000
+# What timm understands: magnitude, its spread and limit, number of operations, probability, increasing severity.
+RAND_AUGMENT = r"^rand(-(m|mstd|mmax|n|p|inc)\d+(\.\d+)?)*$"
 
 
 class DatasetInfo(NamedTuple):
@@ -138,7 +140,8 @@ class AugmentConfig(_Frozen):
     """Augmentation and regularisation of the targets: DeiT's, without repeated augmentation (section 3.3)."""
 
     hflip: Probability = 0.5
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    rand_augment: Annotated[str, Field(pattern=RAND_AUGMENT)] | None = "rand-m9-mstd0.5-inc1"
+    """timm's description of RandAugment, or "none"."""
     random_erasing: Probability = 0.25
     mixup: NonNegative = 0.8
     cutmix: NonNegative = 1.0
@@ -181,7 +184,10 @@ class TrainConfig(_Frozen):
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
         if self.warmup_epochs > self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}")
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs:g} is more than epochs {self.epochs}; "
+                f"add --set train.warmup_epochs={self.epochs // 5}"
+            )
         return self
 
 
@@ -197,7 +203,7 @@ class PaperFigures(_Frozen):
 class Preset(_Frozen):
     """A complete, reproducible description of a model and its training."""
 
-    name: str = Field(min_length=1)
+    name: Annotated[str, Field(pattern=r"^[^/\\]+$")]
     description: str = ""
     model: ModelConfig
     data: DataConfig
@@ -245,19 +251,21 @@ def load_preset(
     """
     known = preset_paths()
     path = known.get(str(name_or_path), Path(name_or_path))
-    if not path.is_file():
-        raise UsageError(
-            f"no preset or file '{name_or_path}'{_did_you_mean(str(name_or_path), known)}", "see: lsag presets"
-        )
     try:
+        if not path.is_file():
+            raise UsageError(
+                f"no preset or file '{name_or_path}'{did_you_mean(str(name_or_path), known)}", "see: lsag presets"
+            )
         if path.stat().st_size > MAX_PRESET_BYTES:
             raise UsageError(f"{path} is too large for a preset", "give a TOML file")
         text = path.read_bytes().decode("utf-8-sig")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except LsagError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a valid TOML or JSON file: {error}", "correct the file") from error
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+        raise UsageError(f"cannot read {path}: {error.strerror}", "see: lsag presets") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds no preset", "give a file with [model], [data] and [train]")
     values.setdefault("name", path.stem)
@@ -274,7 +282,8 @@ def validate_preset(values: Mapping[str, Any], *, origin: str) -> Preset:
         return Preset.model_validate(values)
     except ValidationError as error:
         raise UsageError(
-            f"{origin}: {'; '.join(_explain(problem) for problem in error.errors())}", "correct it"
+            f"{origin}: {'; '.join(_explain(problem) for problem in error.errors())}",
+            "change it with --set KEY=VALUE or in the file",
         ) from error
 
 
@@ -286,7 +295,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     try:
         parsed = tomllib.loads(f"value = {value}")
         return key.strip(), parsed["value"] if len(parsed) == 1 else value
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return key.strip(), value
 
 
@@ -317,7 +326,7 @@ def _explain(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         fields = _fields_at(problem["loc"][:-1])
-        return f"unknown key {where}{_did_you_mean(str(problem['loc'][-1]), fields)}"
+        return f"unknown key {where}{did_you_mean(str(problem['loc'][-1]), fields)}"
     if problem["type"] == "missing":
         return f"{where} is missing"
     got = problem["input"]
@@ -339,6 +348,7 @@ def _fields_at(loc: tuple[Any, ...]) -> list[str]:
     return list(sections[names[-1] if names else ""].model_fields)
 
 
-def _did_you_mean(word: str, choices: Any) -> str:
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """ ", did you mean '...'?" where one of `choices` is close to `word`, else nothing."""
     close = difflib.get_close_matches(word, list(choices), n=1)
     return f", did you mean '{close[0]}'?" if close else ""

@@ -9,18 +9,22 @@ from torch import Tensor
 
 from lsag.checkpoint import Checkpoint, save_checkpoint
 from lsag.config import ModelConfig, Preset
+from lsag.data import unnamed_classes
 from lsag.errors import InputError
 from lsag.model import LSAG
 
-_RENAMED = (
-    (".Wq_even.", ".q."),
-    (".Wq_odd.", ".q."),
-    (".Wkv_even.", ".kv."),
-    (".Wkv_odd.", ".kv."),
-)
+_RENAMED = {
+    "Wq_even": "attn.q",
+    "Wq_odd": "attn.q",
+    "Wkv_even": "attn.kv",
+    "Wkv_odd": "attn.kv",
+    "proj": "attn.proj",
+    "fc1": "mlp.0",
+    "fc2": "mlp.2",
+}
 
 
-def read_released(path: Path) -> dict[str, Tensor]:
+def read_released(path: str | Path) -> dict[str, Tensor]:
     """The weights of a released file: a dict with the key `model` or `state_dict`, or the weights themselves.
 
     Loaded with `weights_only`; of other objects only the release's `argparse.Namespace` is let in, else InputError.
@@ -35,26 +39,26 @@ def read_released(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} is not a checkpoint that can be read safely: {reason}", "give a released .pth"
         ) from error
-    if isinstance(contents, dict):
-        for key in ("model", "state_dict"):
+    for key in ("model", "state_dict"):
+        if isinstance(contents, dict):
             contents = contents.get(key, contents)
     if not isinstance(contents, dict) or not all(isinstance(value, Tensor) for value in contents.values()):
         raise InputError(f"{path} holds no weights under 'model' or 'state_dict'", "give a released .pth")
     return contents
 
 
-def convert_file(file: Path, preset: Preset, out: Path) -> None:
+def convert_file(file: str | Path, preset: Preset, out: str | Path) -> None:
     """Write the released checkpoint `file`, which fits `preset`, to `out` in this project's format.
 
-    The release does not name its classes; they are called by their index. InputError if the weights do not fit.
+    The release does not name its classes. InputError if the weights do not fit.
     """
     model = from_released(read_released(file), preset.model)
-    classes = tuple(map(str, range(preset.model.num_classes)))
-    save_checkpoint(out, Checkpoint(model, preset.model_copy(update={"model": model.config}), classes))
+    converted = preset.model_copy(update={"model": model.config})
+    save_checkpoint(out, Checkpoint(model, converted, unnamed_classes(preset.model.num_classes)))
 
 
 def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG:
-    """A model with the released weights `state_dict`, whose logits are those of the released code.
+    """A model in evaluation mode with the released weights `state_dict`; its logits are those of the released code.
 
     `config.shifts` lists the variants as section 4 of the paper does. `config.shift_mode` tells the family: the CIFAR
     code ("roll") reads each tuple of that list as (vertical, horizontal), so the returned model's own config holds the
@@ -85,9 +89,15 @@ def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG
         for key, value in wanted.items()
         if key in converted and converted[key].shape != value.shape
     ]
+    infinite = [key for key, value in converted.items() if not value.isfinite().all()]
     problems = [
         f"{len(keys)} {what}: {', '.join(keys[:3])}"
-        for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
+        for what, keys in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("of another shape", misshapen),
+            ("not finite", infinite),
+        )
         if keys
     ]
     if problems:
@@ -98,31 +108,24 @@ def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG
             )
         raise InputError(f"the released weights do not fit: {'; '.join(problems)}", fix)
     model.load_state_dict(converted)
-    return model
+    return model.eval()
 
 
 def _rename(key: str) -> str:
-    """The key of ours that a released key becomes; a key it does not know comes back changed or not, and is refused."""
-    parts = key.split(".")
-    if parts[0] == "mlp_head":
-        return ".".join(["head", *parts[1:]])
-    if parts[0] != "layers" or len(parts) < 4:
-        return key
-    stage, part, rest = int(parts[1]), parts[2], parts[3:]
-    if part == "1":  # the release puts the downsampling at the end of a stage, we at the start of the next
-        return ".".join(["stages", str(stage + 1), "down", *rest])
-    if rest[0] == "pos_emb":
-        return f"stages.{stage}.pos"
-    if rest[0] == "layers":
-        block, half, name = rest[1:4]
-        where = f"stages.{stage}.blocks.{block}."
-        if half == "1":
-            return where + "mlp." + {"fc1": "0", "fc2": "2"}.get(name, name) + f".{rest[-1]}"
-        tail = f".{name}.{rest[-1]}"
-        for old, new in _RENAMED:
-            tail = tail.replace(old, new)
-        return where + "attn" + tail
-    return ".".join(["stages", str(stage), *rest])
+    """Our name for a released key; one that is not known comes back as it is, and is refused."""
+    match key.split("."):
+        case ["mlp_head", kind]:
+            return f"head.{kind}"
+        case ["layers", stage, "1", ("conv" | "norm") as name, kind] if stage.isdigit():
+            # The release puts the downsampling at the end of a stage, we at the start of the next.
+            return f"stages.{int(stage) + 1}.down.{name}.{kind}"
+        case ["layers", stage, "0", "pos_emb"]:
+            return f"stages.{stage}.pos"
+        case ["layers", stage, "0", "layers", block, _, name, kind] if name in _RENAMED:
+            return f"stages.{stage}.blocks.{block}.{_RENAMED[name]}.{kind}"
+        case ["layers", stage, "0", ("norm1" | "norm2") as name, kind]:
+            return f"stages.{stage}.{name}.{kind}"
+    return key
 
 
 def _shape(tensor: Tensor) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets, transforms
 
-from lsag.config import DATASETS, DataConfig, Preset
-from lsag.errors import InputError, UnavailableError, UsageError
+from lsag.config import DATASETS, DataConfig, Preset, did_you_mean
+from lsag.errors import InputError, UnavailableError, UsageError, WorkerError
 
 MAX_PIXELS = 50_000_000
 EVAL_FOLDERS = {"imagenet": ("val",), "folder": ("val", "test")}
@@ -42,8 +42,9 @@ class Source(Protocol):
 class ArraySource:
     """Images held in memory as one uint8 array (N, height, width) or (N, height, width, 3)."""
 
-    def __init__(self, images: np.ndarray, labels: Sequence[int], classes: Sequence[str]) -> None:
+    def __init__(self, images: np.ndarray, labels: Sequence[int], classes: Sequence[str], mode: str) -> None:
         self.images, self.labels, self.classes = images, list(map(int, labels)), list(classes)
+        self.mode = mode
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,7 +53,7 @@ class ArraySource:
         return str(index)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), self.labels[index]
+        return Image.fromarray(self.images[index]).convert(self.mode), self.labels[index]
 
 
 class FolderSource:
@@ -92,8 +93,7 @@ def open_image(path: Path, mode: str) -> Image.Image:
     try:
         if not path.is_file():
             raise OSError("not a regular file")
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise OSError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             image.load()
@@ -103,8 +103,8 @@ def open_image(path: Path, mode: str) -> Image.Image:
             if upright.mode.startswith("I"):
                 upright = Image.fromarray((np.asarray(upright).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
             return upright.convert(mode)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
         raise InputError(f"cannot read image {path}: {reason}", "repair or remove the file") from error
 
 
@@ -114,10 +114,16 @@ def open_split(dataset: str, data_dir: Path, *, train: bool, in_channels: int, d
     `digits` needs no files; CIFAR is downloaded into `data_dir` where it is absent and `download` allows;
     `imagenet` and `folder` are `data_dir`/train and `data_dir`/val (or test), each with one folder per class.
     """
+    mode = "L" if in_channels == 1 else "RGB"
     if dataset == "digits":
-        return _digits(train)
+        return _digits(train, mode)
     if dataset in ("cifar10", "cifar100"):
-        return _cifar(dataset, data_dir, train=train, download=download)
+        return _cifar(dataset, data_dir, mode, train=train, download=download)
+    if dataset not in EVAL_FOLDERS:
+        known = [*DATASETS, "folder"]
+        raise UsageError(
+            f"unknown dataset '{dataset}'{did_you_mean(dataset, known)}", f"use one of: {', '.join(known)}"
+        )
     names = ("train",) if train else EVAL_FOLDERS[dataset]
     root = next((data_dir / name for name in names if (data_dir / name).is_dir()), None)
     if root is None:
@@ -125,7 +131,7 @@ def open_split(dataset: str, data_dir: Path, *, train: bool, in_channels: int, d
         raise InputError(
             f"{dataset} is not at {data_dir}: there is no {wanted}", "point --data-dir or $LSAG_DATA at it"
         )
-    source = FolderSource(root, "L" if in_channels == 1 else "RGB")
+    source = FolderSource(root, mode)
     if dataset in DATASETS and len(source.classes) != DATASETS[dataset].num_classes:
         raise InputError(
             f"{root} has {len(source.classes)} class folders, {dataset} has {DATASETS[dataset].num_classes}",
@@ -134,7 +140,7 @@ def open_split(dataset: str, data_dir: Path, *, train: bool, in_channels: int, d
     return source
 
 
-def _digits(train: bool) -> Source:
+def _digits(train: bool, mode: str) -> Source:
     """scikit-learn's 1,797 handwritten digits, 8 x 8, 16 greys; a fixed, stratified fifth is held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -145,10 +151,12 @@ def _digits(train: bool) -> Source:
         images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
     )
     classes = [str(name) for name in digits.target_names]
-    return ArraySource(train_images, train_labels, classes) if train else ArraySource(eval_images, eval_labels, classes)
+    if train:
+        return ArraySource(train_images, train_labels, classes, mode)
+    return ArraySource(eval_images, eval_labels, classes, mode)
 
 
-def _cifar(dataset: str, data_dir: Path, *, train: bool, download: bool) -> Source:
+def _cifar(dataset: str, data_dir: Path, mode: str, *, train: bool, download: bool) -> Source:
     kind = datasets.CIFAR10 if dataset == "cifar10" else datasets.CIFAR100
     try:
         files = kind(str(data_dir), train=train)
@@ -167,19 +175,24 @@ def _cifar(dataset: str, data_dir: Path, *, train: bool, download: bool) -> Sour
                 f"{dataset} {state} {found} and could not be downloaded: {reason}",
                 f"fetch {kind.filename} by hand and extract it into {data_dir}",
             ) from failure
-    return ArraySource(files.data, files.targets, files.classes)
+    return ArraySource(files.data, files.targets, files.classes, mode)
+
+
+def unnamed_classes(count: int) -> tuple[str, ...]:
+    """Names for the classes of a model that came without any."""
+    return tuple(f"class {index}" for index in range(count))
 
 
 def check_classes(expected: Sequence[str], found: Sequence[str], *, what: str, where: str) -> None:
     """InputError with the first differences unless both name the same classes in the same order.
 
-    Classes called by their index (as in a converted checkpoint) are unnamed: then only their number counts.
+    Of unnamed classes only the number counts.
     """
     if len(expected) != len(found):
         raise InputError(
             f"{what} has {len(expected)} classes, {where} has {len(found)}", "choose data of the same classes"
         )
-    if list(expected) == [str(index) for index in range(len(expected))]:
+    if tuple(expected) == unnamed_classes(len(expected)):
         return
     different = [f"{i}: {a!r} against {b!r}" for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b]
     if different:
@@ -302,7 +315,7 @@ class Normalize(nn.Module):
 
 def choose_workers(num_images: int) -> int:
     """Processes that prepare images: none where starting them costs more than they save, else one per core, up to 8."""
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if num_images < 5_000 else min(8, cores)
 
 
@@ -321,7 +334,7 @@ def train_loader(
     )
 
 
-def eval_loader(source: Source, preset: Preset, *, batch_size: int, workers: int, pin: bool = False) -> DataLoader[Any]:
+def eval_loader(source: Source, preset: Preset, *, batch_size: int, workers: int) -> DataLoader[Any]:
     """Batches of (uint8 images, labels), each image once and in order, to be read through `batches`."""
     return DataLoader(
         EvalSet(source, preset),
@@ -330,13 +343,24 @@ def eval_loader(source: Source, preset: Preset, *, batch_size: int, workers: int
         num_workers=workers,
         worker_init_fn=_ignore_interrupt,
         persistent_workers=workers > 0,
-        pin_memory=pin,
     )
 
 
 def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches; an image that could not be read is raised here as its InputError."""
-    for batch in loader:
+    loading = iter(loader)
+    while True:
+        try:
+            batch = next(loading)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise WorkerError(
+                f"a process that prepares images died: {reason}", "see its memory; --workers 0"
+            ) from error
         if isinstance(batch, InputError):
             raise batch
         yield batch

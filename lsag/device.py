@@ -16,10 +16,11 @@ def choose_device(name: str = "auto") -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
-    if not available.get(name.partition(":")[0], False):
-        raise UnavailableError(
-            f"device '{name}' is not available here", f"use one of: {', '.join(k for k, v in available.items() if v)}"
-        )
+    kind, _, index = name.partition(":")
+    missing = bool(index) and not (kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count())
+    if missing or not available.get(kind, False):
+        choices = ", ".join(kind for kind, there in available.items() if there)
+        raise UnavailableError(f"device '{name}' is not available here", f"use one of: {choices}")
     device = torch.device(name)
     if device.type == "cpu":
         _keep_freed_memory()

@@ -36,6 +36,18 @@ class CheckError(LsagError, RuntimeError):
     exit_code = 5
 
 
+class WorkerError(LsagError, RuntimeError):
+    """A process that prepares images died."""
+
+    exit_code = 7
+
+
+class InterruptedByUserError(LsagError):
+    """Ctrl-C."""
+
+    exit_code = 130
+
+
 class OutputError(LsagError, RuntimeError):
     """A place that results cannot be written to."""
 

@@ -91,7 +91,7 @@ def evaluate_file(
     path: str | Path,
     *,
     dataset: str | None = None,
-    data_dir: Path,
+    data_dir: str | Path,
     device: str = "auto",
     batch_size: int = 256,
     workers: int | None = None,
@@ -114,7 +114,7 @@ def evaluate_file(
         on = choose_device(device)
         classify, ran_on = classifier(checkpoint, on), str(on)
     dataset = dataset or preset.data.dataset
-    source = open_split(dataset, data_dir, train=False, in_channels=preset.model.in_channels, download=download)
+    source = open_split(dataset, Path(data_dir), train=False, in_channels=preset.model.in_channels, download=download)
     check_classes(classes, source.classes, what=f"{path} (preset {preset.name})", where=dataset)
     if workers is None:
         workers = choose_workers(len(source))

@@ -1,6 +1,5 @@
 """ONNX graphs of a model, compared with PyTorch before they get their name."""
 
-import hashlib
 import json
 import logging
 import tempfile
@@ -12,12 +11,12 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from lsag.checkpoint import Checkpoint, replacing
+from lsag.checkpoint import Checkpoint
 from lsag.data import Normalize
 from lsag.errors import CheckError
-from lsag.runtime import METADATA_KEY, OnnxModel
+from lsag.files import replacing
+from lsag.runtime import FORMAT, METADATA_KEY, OnnxModel
 
-FORMAT = 1
 CHECKED_BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4
 """Largest difference of a logit between onnxruntime and PyTorch, both on the CPU in fp32."""
@@ -45,13 +44,13 @@ class ImageClassifier(nn.Module):
         return self.model(self.normalize(images.permute(0, 3, 1, 2)))
 
 
-def export_onnx(checkpoint: Checkpoint, path: Path) -> Exported:
+def export_onnx(checkpoint: Checkpoint, path: str | Path) -> Exported:
     """Write `checkpoint` as one ONNX file with a dynamic batch, and preset, classes and preprocessing as metadata.
 
     Input `images`: uint8 (batch, image_size, image_size, channels), resized and cropped; output `logits`: float32
     (batch, num_classes). CheckError, and no file, if onnxruntime's logits differ from PyTorch's by more than 1e-4.
     """
-    model = ImageClassifier(checkpoint).eval()
+    path, model = Path(path), ImageClassifier(checkpoint).eval()
     size, channels = checkpoint.preset.model.image_size, checkpoint.preset.model.in_channels
     generator = torch.Generator().manual_seed(0)
     images = [
@@ -95,9 +94,6 @@ def export_onnx(checkpoint: Checkpoint, path: Path) -> Exported:
 def _metadata(checkpoint: Checkpoint) -> dict[str, object]:
     """What a client needs: from an image to the graph's input, and from its logits to a name."""
     preset = checkpoint.preset
-    digest = hashlib.sha256()
-    for name, value in sorted(checkpoint.model.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
     return {
         "format": FORMAT,
         "classes": list(checkpoint.classes),
@@ -112,6 +108,5 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, object]:
             "std": preset.data.std,
             "normalised_inside": True,
         },
-        "weights_sha256": digest.hexdigest(),
         "preset": preset.model_dump(mode="json"),
     }

@@ -207,8 +207,13 @@ class LSAG(nn.Module):
         """The linear layer that gives the logits, or Identity when it was removed."""
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Give the model a new head for `num_classes` classes; 0 removes it, so that it returns (B, D) features."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the model a new head for `num_classes` classes; 0 removes it, so that it returns (B, D) features.
+
+        ValueError for a `global_pool` other than "avg", the only one there is.
+        """
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool {global_pool!r} is not 'avg'")
         self.num_classes = num_classes
         old = next(self.parameters())
         self.head = nn.Linear(self.num_features, num_classes).to(old) if num_classes else nn.Identity()  # type: ignore[assignment]

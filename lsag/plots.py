@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lsag.checkpoint import replacing
+from lsag.files import replacing
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
@@ -33,15 +33,15 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str)
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, title: str) -> None:
     """The confusion matrix, row by row in percent of a class's images; names and numbers where there is room."""
-    count = len(classes)
+    count, names = len(classes), [name.replace("$", r"\$") for name in classes]
     size = min(max(4.5, 0.55 * count + 2), 14)
     figure, axes = _figure(1, 1, (size, size))
     share = 100 * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, label="% of the class", fraction=0.046, pad=0.04)
     if count <= 30:
-        axes.set_xticks(range(count), classes, rotation=45, ha="right")
-        axes.set_yticks(range(count), classes)
+        axes.set_xticks(range(count), names, rotation=45, ha="right")
+        axes.set_yticks(range(count), names)
     if count <= 20:
         for row in range(count):
             for column in range(count):

@@ -2,8 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
+import onnx
 import torch  # before onnxruntime, whose CUDA provider finds torch's CUDA libraries once they are loaded
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from lsag.errors import InputError, UnavailableError, UsageError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 METADATA_KEY = "lsag"
+FORMAT = 1
 
 
 class OnnxModel:
@@ -33,6 +34,7 @@ class OnnxModel:
         available = onnxruntime.get_available_providers()
         if wanted not in available:
             raise UnavailableError(f"this onnxruntime was built without {wanted}", "pip install onnxruntime-gpu")
+        _refuse_external_data(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         # Torch is idle while the session runs; spinning threads would only keep cores from the loader.
@@ -57,19 +59,32 @@ class OnnxModel:
                 f"torch has {torch.version.cuda}, CUDA is {'' if torch.cuda.is_available() else 'not '}available)",
                 "install a driver and an onnxruntime-gpu for the same CUDA, or use --device cpu",
             )
-        self.metadata: dict[str, Any] = self._read_metadata(path)
-        self.classes = tuple(self.metadata["classes"])
+        self._read_metadata(path)
 
-    def _read_metadata(self, path: str | Path) -> dict[str, Any]:
+    def _read_metadata(self, path: str | Path) -> None:
         entries = self.session.get_modelmeta().custom_metadata_map
         try:
             metadata = json.loads(entries[METADATA_KEY])
+            if metadata["format"] != FORMAT:
+                raise InputError(f"{path} has format {metadata['format']}, this lsag reads {FORMAT}", "upgrade lsag")
             self.preset: Preset = validate_preset(metadata["preset"], origin=f"the preset in {path}")
+            self.classes = tuple(metadata["classes"])
+        except InputError:
+            raise
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path} was not exported by lsag: it has no such metadata", "use lsag export") from error
-        return metadata
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, C, height, width) -> float32 (B, num_classes)."""
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
         return torch.from_numpy(self.session.run(["logits"], {"images": pixels})[0])
+
+
+def _refuse_external_data(path: str | Path) -> None:
+    """InputError if the graph keeps weights in other files: ours never does, and onnxruntime would follow any path."""
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as error:  # protobuf raises its own types
+        raise InputError(f"{path} is not an ONNX graph, or is truncated or damaged", "export it again") from error
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer):
+        raise InputError(f"{path} was refused: it keeps weights in other files", "use one that lsag export wrote")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -27,8 +28,9 @@ from lsag.data import (
     train_loader,
 )
 from lsag.device import autocast, choose_device
-from lsag.errors import CheckError, OutputError
+from lsag.errors import CheckError, OutputError, UsageError
 from lsag.evaluate import classifier, evaluate
+from lsag.files import replacing, writing
 from lsag.model import LSAG
 from lsag.optim import lr_at, make_optimizer
 from lsag.plots import draw_curves
@@ -84,8 +86,8 @@ Progress = Started | Step | Epoch
 def train(
     preset: Preset,
     *,
-    data_dir: Path,
-    out: Path,
+    data_dir: str | Path,
+    out: str | Path,
     device: str = "auto",
     workers: int | None = None,
     download: bool = True,
@@ -98,7 +100,9 @@ def train(
     Yields Started once, then Steps and Epochs. Raises those of lsag.errors; CheckError for a loss that is not finite.
     """
     started = time.monotonic()
+    data_dir, out = Path(data_dir), Path(out)
     on = choose_device(device)
+    check_run_folder(out)
 
     # Data
     def source(*, train: bool) -> Source:
@@ -110,6 +114,12 @@ def train(
     check_classes(train_source.classes, eval_source.classes, what="the training split", where="the evaluation split")
     if preset.data.dataset == "folder":
         preset = preset.with_classes(len(train_source.classes))
+    elif len(train_source.classes) != preset.model.num_classes:
+        found, asked = len(train_source.classes), preset.model.num_classes
+        raise UsageError(
+            f"{preset.data.dataset} has {found} classes, model.num_classes is {asked}",
+            f"--set model.num_classes={found}, or choose the data with --dataset, which sets it",
+        )
     if workers is None:
         workers = choose_workers(len(train_source))
     order = EpochBatches(len(train_source), preset)
@@ -126,9 +136,10 @@ def train(
     classify = classifier(state, on)
 
     # Output
-    make_run_folder(out)
-    (out / "preset.json").write_text(preset.model_dump_json(indent=2) + "\n")
-    metrics_file = (out / "metrics.jsonl").open("w", buffering=1)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / "preset.json") as file:
+        file.write(preset.model_dump_json(indent=2).encode() + b"\n")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield Started(preset, out, str(on), parameters, len(train_source), len(eval_source), steps_per_epoch)
 
@@ -166,10 +177,7 @@ def train(
             if time.monotonic() - report_time > REPORT_SECONDS or done == steps_per_epoch:
                 total = losses.item()
                 if not math.isfinite(total):
-                    raise CheckError(
-                        f"training diverged: the loss is not finite in epoch {epoch + 1}, step {done}",
-                        f"lower --set train.lr; {out / 'last.pt' if epoch else 'no checkpoint'} is the last good state",
-                    )
+                    raise diverged(out, epoch, f"at step {done}")
                 now, count = time.monotonic(), done - reported_steps
                 speed = count * recipe.batch_size / (now - report_time)
                 yield Step(epoch + 1, done, (total - reported_loss) / count, lr, speed)
@@ -180,6 +188,8 @@ def train(
         # Evaluate, record, save
         model.eval()
         metrics = evaluate(classify, eval_batches, num_classes=preset.model.num_classes)
+        if not math.isfinite(metrics.loss):
+            raise diverged(out, epoch, "in the evaluation after it")
         improved, best = metrics.top1 > best, max(best, metrics.top1)
         row = Epoch(
             epoch=epoch + 1,
@@ -194,15 +204,15 @@ def train(
             data_wait=waited / train_seconds,
             seconds=time.monotonic() - started,
         )
-        history.append(asdict(row))
-        metrics_file.write(json.dumps(history[-1]) + "\n")
         state = replace(state, epoch=epoch + 1, metrics={"top1": metrics.top1, "loss": metrics.loss})
         save_checkpoint(out / "last.pt", state)
         if improved:
             save_checkpoint(out / "best.pt", state)
+        history.append(asdict(row))
+        with writing(out / "metrics.jsonl"), (out / "metrics.jsonl").open("a") as log:
+            log.write(json.dumps(history[-1]) + "\n")
         yield row
 
-    metrics_file.close()
     draw_curves(history, out / "curves.png", title=preset.name)
 
 
@@ -221,14 +231,20 @@ def make_mixup(preset: Preset) -> Mixup | None:
     )
 
 
-def make_run_folder(out: Path) -> None:
-    """Create `out`, and see that it can be written. OutputError if not, or if something is in it already."""
+def check_run_folder(out: Path) -> None:
+    """OutputError if `out` could not be created and written, or has something in it. Creates nothing."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
+        if out.exists() and any(out.iterdir()):
             raise OutputError(f"{out} is not empty", "choose another --out")
-        probe = out / ".probe"
-        probe.touch()
-        probe.unlink()
+        there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise OutputError(f"cannot write to {there}", "choose another --out")
     except OSError as error:
         raise OutputError(f"cannot write to {out}: {error.strerror}", "choose another --out") from error
+
+
+def diverged(out: Path, epochs_done: int, where: str) -> CheckError:
+    """The error for a loss that is not finite, which names the last checkpoint from before it."""
+    good = f"; {out / 'last.pt'} is the state after epoch {epochs_done}" if epochs_done else ""
+    what = f"training diverged: the loss is not finite in epoch {epochs_done + 1}, {where}{good}"
+    return CheckError(what, "lower --set train.lr")

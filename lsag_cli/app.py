@@ -1,5 +1,6 @@
 """The `lsag` command: its subcommands, and the one line and exit code that any error becomes."""
 
+import errno
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from lsag_cli.export import convert, export
 from lsag_cli.flops import flops, presets
 from lsag_cli.train import train
 
-MAX_ERROR = 400
+MAX_ERROR = 380
 
 app = typer.Typer(
     help="Train, evaluate, count and export LSAG: Locally Shifted Attention With Early Global Integration.",
@@ -55,42 +56,67 @@ def root(
 
 def main() -> None:
     """Run the command line: exit codes as in docs/errors.md, and for an error one line on stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    open_streams()
     try:
-        code = typer.main.get_command(app).main(prog_name="lsag", standalone_mode=False) or 0
+        code = run()
         sys.stdout.flush()
-    except LsagError as error:
-        code = fail(str(error), error.exit_code)
-    except TyperException as error:
-        code = fail(f"{error.format_message().rstrip('.')} — see --help", error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        code = fail("interrupted", 128 + signal.SIGINT)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, output.ReaderGoneError):
         code = 128 + signal.SIGPIPE
-    except Exception as error:
-        code = fail(f"a bug in lsag: {type(error).__name__}: {error} — please report it with {crash_log()}", 70)
+    except OSError as error:
+        code = fail(f"cannot write to stdout: {error.strerror}", "free space or choose another place", 6)
+    if code in (6, 128 + signal.SIGPIPE):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try to flush it once more
     sys.exit(code)
 
 
-def fail(message: str, code: int) -> int:
-    """Say what went wrong in one line; in the JSON object too where one was asked for."""
-    line = " ".join(message.split())
-    if len(line) > MAX_ERROR:
-        line = line[: MAX_ERROR - 3] + "..."
-    if "--debug" in sys.argv or os.environ.get("LSAG_DEBUG"):
-        traceback.print_exc()
-    if "--json" in sys.argv and not output.json_printed:
-        output.print_json(
-            next((word for word in sys.argv[1:] if not word.startswith("-")), ""), error={"code": code, "message": line}
-        )
-    print(f"lsag: error: {line}", file=sys.stderr)
-    return code
+def open_streams() -> None:
+    """Give a closed stream a place to write to, and let no character be too much for a narrow encoding."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        else:
+            stream.reconfigure(errors="backslashreplace")
+    if not output.is_terminal(sys.stderr):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # torchvision's downloads
 
 
-def crash_log() -> Path:
-    """The full traceback, in a file of its own."""
+def run() -> int:
+    """The exit code of the command in argv; an error has been told."""
+    try:
+        return typer.main.get_command(app).main(prog_name="lsag", standalone_mode=False) or 0
+    except LsagError as error:
+        return fail(error.what, error.fix, error.exit_code)
+    except TyperException as error:
+        return fail(error.format_message().rstrip("."), "see --help", error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return fail("interrupted", "", 128 + signal.SIGINT)
+    except output.ReaderGoneError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+            return fail("the device is out of memory", "lower --set train.batch_size, or eval --batch-size", 4)
+        return bug(error)
+
+
+def bug(error: Exception) -> int:
+    """An error that nobody foresaw, with the traceback in a file."""
     path = Path(tempfile.gettempdir()) / f"lsag-crash-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.log"
-    path.write_text(traceback.format_exc())
-    return path
+    path.write_text(traceback.format_exc(), encoding="utf-8")
+    return fail(f"a bug in lsag: {type(error).__name__}: {error}", f"please report it with {path}", 70)
+
+
+def fail(what: str, fix: str, code: int) -> int:
+    """Say in one line what went wrong and what to do; in the JSON object too where one was asked for."""
+    what, fix = " ".join(what.split()), " ".join(fix.split())
+    room = MAX_ERROR - len(fix)
+    line = (what if len(what) <= room else what[: room - 3] + "...") + (f" — {fix}" if fix else "")
+    if "--debug" in sys.argv or os.environ.get("LSAG_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
+    print(f"lsag: error: {line}", file=sys.stderr)
+    if "--json" in sys.argv and not output.json_printed:
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        output.print_json(command, error={"code": code, "message": line})
+    return code

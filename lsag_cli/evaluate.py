@@ -1,14 +1,17 @@
 """lsag eval"""
 
 import csv
+import io
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lsag.errors import OutputError
+from lsag.files import replacing
 from lsag_cli.options import DataDir, Dataset, Device, Json, NoDownload, Workers, data_dir_or_default
-from lsag_cli.output import note, percent, print_json, stderr, stdout
+from lsag_cli.output import is_terminal, note, percent, print_json, stderr, stdout, table
 
 if TYPE_CHECKING:
     from lsag.evaluate import Evaluation
@@ -34,14 +37,8 @@ def evaluate(
     from lsag.evaluate import evaluate_file
     from lsag.plots import draw_confusion
 
-    console = stderr()
-    with Progress(
-        *Progress.get_default_columns(),
-        MofNCompleteColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=stderr(), transient=True, disable=not is_terminal(sys.stderr)) as bar:
         task = bar.add_task("images", total=None)
         result = evaluate_file(
             checkpoint,
@@ -57,19 +54,19 @@ def evaluate(
     plot = plot or checkpoint.with_name(f"{checkpoint.stem}-{result.dataset}-confusion.png")
     failure = None
     try:
-        title = f"{result.preset.name} on {result.dataset}: {percent(metrics.top1)}"
-        draw_confusion(metrics.confusion, result.classes, plot, title=title)
         if predictions:
             write_predictions(result, predictions)
-    except OutputError as error:  # the figures are shown before it is raised
+        title = f"{result.preset.name} on {result.dataset}: {percent(metrics.top1)}"
+        draw_confusion(metrics.confusion, result.classes, plot, title=title)
+    except OutputError as error:  # the figures are shown all the same
         failure = error
     if as_json:
         per_class = dict(zip(result.classes, metrics.per_class(), strict=True))
         figures = {"images": metrics.count, "loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
         where = {"checkpoint": str(checkpoint), "dataset": result.dataset, "device": result.device}
-        print_json(
-            "eval", **where, **figures, per_class=per_class, confusion=metrics.confusion.tolist(), plot=str(plot)
-        )
+        counts = {"per_class": per_class, "confusion": metrics.confusion.tolist()}
+        files = {"error": {"code": failure.exit_code, "message": str(failure)}} if failure else {"plot": str(plot)}
+        print_json("eval", **where, **figures, **counts, **files)
     else:
         show(result)
         if failure is None:
@@ -80,33 +77,28 @@ def evaluate(
 
 def show(result: "Evaluation") -> None:
     """The figures, and a table of the classes (the twenty worst where there are more than thirty)."""
-    from rich.table import Table
-
     metrics, console = result.metrics, stdout()
     rows = sorted(
         zip(result.classes, metrics.per_class(), metrics.confusion.sum(dim=1).tolist(), strict=True),
         key=lambda row: (row[1] is None, row[1]),
     )
     many = len(rows) > 30
-    table = Table("class", title=f"the 20 worst of {len(rows)} classes" if many else None, title_justify="left")
-    table.add_column("images", justify="right")
-    table.add_column("correct", justify="right")
+    shown = table("class", "images", "correct", title=f"the 20 worst of {len(rows)} classes" if many else None)
     order = {name: index for index, name in enumerate(result.classes)}
     for name, share, images in rows[:20] if many else sorted(rows, key=lambda row: order[row[0]]):
-        table.add_row(name, f"{images:,}", percent(share))
-    console.print(table)
-    console.print(f"{result.preset.name} on {result.dataset}, {metrics.count:,} images, {result.device}", markup=False)
+        shown.add_row(name, f"{images:,}", percent(share))
+    console.print(shown)
+    console.print(f"{result.preset.name} on {result.dataset}, {metrics.count:,} images, {result.device}")
     console.print(f"top-1 {percent(metrics.top1)}   top-5 {percent(metrics.top5)}   loss {metrics.loss:.4f}")
 
 
 def write_predictions(result: "Evaluation", path: Path) -> None:
     """One line for each image: its name, its class and the predicted class."""
-    try:
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "label", "predicted"])
-            labels, predicted = result.metrics.labels.tolist(), result.metrics.predictions.tolist()
-            for name, label, guess in zip(result.images, labels, predicted, strict=True):
-                writer.writerow([name, result.classes[label], result.classes[guess]])
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}", "choose another --predictions") from error
+    labels, predicted = result.metrics.labels.tolist(), result.metrics.predictions.tolist()
+    with replacing(path) as binary:
+        file = io.TextIOWrapper(binary, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
+        writer = csv.writer(file)
+        writer.writerow(["image", "label", "predicted"])
+        for name, label, guess in zip(result.images, labels, predicted, strict=True):
+            writer.writerow([name, result.classes[label], result.classes[guess]])
+        file.detach()

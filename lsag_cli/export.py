@@ -1,5 +1,6 @@
 """lsag export and lsag convert"""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,8 @@ def export(
                 "--random-weights needs --preset, and no checkpoint",
                 "lsag export --onnx --preset NAME --random-weights",
             )
-        out = out or Path(f"{read_preset(preset, overrides).name}-random.onnx")
+        resolved = read_preset(preset, overrides)
+        out = out or Path(f"{resolved.name}-random.onnx")
     elif preset is not None or overrides:
         raise UsageError("a checkpoint brings its own preset", "drop --preset and --set, or add --random-weights")
     else:
@@ -46,11 +48,10 @@ def export(
     from lsag.export import export_onnx
 
     if checkpoint is None:
-        assert preset is not None, "checked above"
-        source = random_checkpoint(read_preset(preset, overrides))
+        source = random_checkpoint(resolved)
     else:
-        note(f"exporting {checkpoint}")
         source = load_checkpoint(checkpoint)
+        note(f"exporting {checkpoint}")
     done = export_onnx(source, out)
     if as_json:
         figures = {"opset": done.opset, "bytes": done.bytes, "max_difference": done.max_difference}
@@ -60,10 +61,9 @@ def export(
     console.print(
         f"{done.path}: {source.preset.name}, opset {done.opset}, {done.bytes / 1e6:.1f} MB, "
         f"within {done.max_difference:.1g} of PyTorch at batch 1, 2 and 5",
-        markup=False,
     )
     if checkpoint is not None:
-        console.print(f"next: lsag eval {done.path}", markup=False)
+        console.print("next: " + shlex.join(["lsag", "eval", str(done.path)]))
 
 
 def convert(
@@ -86,7 +86,7 @@ def convert(
     if as_json:
         print_json("convert", path=str(out), preset=resolved.name)
         return
-    stdout().print(f"{out}: {resolved.name}\nnext: lsag eval {out} --dataset {resolved.data.dataset}", markup=False)
+    stdout().print(f"{out}: {resolved.name}\nnext: " + shlex.join(["lsag", "eval", str(out)]))
 
 
 def newest_best() -> Path:

@@ -7,7 +7,7 @@ import typer
 from lsag.config import DATASETS, Preset, preset_paths
 from lsag.flops import Count, count, count_stages
 from lsag_cli.options import Json, Overrides, complete_preset, read_preset
-from lsag_cli.output import giga, mega, print_json, stdout
+from lsag_cli.output import giga, mega, print_json, stdout, table
 
 
 def flops(
@@ -24,22 +24,20 @@ def flops(
     if as_json:
         print_json("flops", presets=[describe(item) for item in presets])
         return
-    from rich.table import Table
-
-    table = Table("preset", *(["stage"] if by_stage else []), title="per image, one forward pass", title_justify="left")
-    for heading in ("parameters", "MACs, plain", "FLOPs, plain", "MACs run", "paper: params", "paper: 'GFLOPs'"):
-        table.add_column(heading, justify="right")
+    stage_column = ["stage"] if by_stage else []
+    headings = ("parameters", "MACs\nplain", "FLOPs\nplain", "MACs\nrun", "paper:\nparams", "paper:\n'GFLOPs'")
+    shown = table("preset", *stage_column, *headings, title="per image, one forward pass")
     for item in presets:
         paper = item.paper
-        printed = (f"{paper.params_m} M" if paper else "-", f"{paper.gmacs} G MACs" if paper and paper.gmacs else "-")
+        printed = (f"{paper.params_m} M" if paper else "-", f"{paper.gmacs} G" if paper and paper.gmacs else "-")
         if by_stage:
             for stage in count_stages(item.model):
-                table.add_row(item.name, stage.name, *cells(stage), "", "")
-        table.add_row(
+                shown.add_row(item.name, stage.name, *cells(stage), "", "")
+        shown.add_row(
             item.name, *(["total"] if by_stage else []), *cells(count(item.model)), *printed, end_section=by_stage
         )
     console = stdout()
-    console.print(table)
+    console.print(shown)
     console.print(
         "plain: keys and values of every shift variant. run: the same function with them absorbed (docs/design.md).\n"
         "FLOPs = 2 x MACs. The paper's 'GFLOPs' are MACs, and its counter counts one of the T embedding convolutions."
@@ -52,15 +50,12 @@ def presets(as_json: Json = False) -> None:
     if as_json:
         print_json("presets", presets=[describe(item) for item in loaded])
         return
-    from rich.table import Table
-
-    table = Table("preset", "what", "dataset")
-    for heading in ("image", "parameters", "MACs run", "epochs", "training"):
-        table.add_column(heading, justify="right")
+    headings = ("preset", "what", "dataset", "image", "params", "MACs run", "epochs", "training")
+    shown = table(*headings, wrapping="what")
     for item in loaded:
         total = count(item.model)
         cost = training_flops(item, total)
-        table.add_row(
+        shown.add_row(
             item.name,
             item.description,
             item.data.dataset,
@@ -68,11 +63,13 @@ def presets(as_json: Json = False) -> None:
             mega(total.params),
             giga(total.macs_run),
             str(item.train.epochs),
-            f"{cost / 1e15:,.2f} PFLOP" if cost else "-",
+            f"{cost / 1e15:,.3f} P" if cost else "-",
         )
     console = stdout()
-    console.print(table)
-    console.print("training: 3 x 2 x MACs run x images x epochs. See one with: lsag train --preset NAME --dry-run")
+    console.print(shown)
+    console.print(
+        "training: 3 x 2 x MACs run x images x epochs, in 10^15 FLOPs. See one with: lsag train --preset NAME --dry-run"
+    )
 
 
 def cells(total: Count) -> tuple[str, ...]:

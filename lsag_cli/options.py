@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lsag.config import Preset, load_preset, parse_override, preset_paths
+from lsag.errors import UsageError
 
 
 def complete_preset(incomplete: str) -> list[str]:
@@ -46,5 +47,9 @@ def data_dir_or_default(data_dir: Path | None) -> Path:
 
 def read_preset(name: str, overrides: list[str] | None, dataset: str | None = None) -> Preset:
     """The preset on `dataset`, with the `--set` options applied last."""
-    changes: dict[str, Any] = dict(parse_override(text) for text in overrides or [])
+    changes: dict[str, Any] = {}
+    for key, value in map(parse_override, overrides or []):
+        if key in changes:
+            raise UsageError(f"{key} is set twice", "set it once")
+        changes[key] = value
     return load_preset(name, changes, dataset=dataset)

@@ -1,5 +1,7 @@
 """lsag train"""
 
+import shlex
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lsag.config import Preset
-from lsag.errors import UnavailableError, UsageError
+from lsag.errors import InterruptedByUserError, UnavailableError, UsageError
 from lsag_cli.options import (
     DataDir,
     Dataset,
@@ -21,7 +23,7 @@ from lsag_cli.options import (
     data_dir_or_default,
     read_preset,
 )
-from lsag_cli.output import giga, mega, note, percent, print_json, stderr, stdout
+from lsag_cli.output import giga, is_terminal, mega, note, percent, print_json, stderr, stdout
 
 if TYPE_CHECKING:
     from lsag.train import Epoch, Started, Step
@@ -42,8 +44,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a model. Without arguments: digits-nano, on handwritten digits that need no download, in about a minute."""
-    overrides = [*(overrides or []), *([f"train.epochs={epochs}"] if epochs else [])]
-    resolved = read_preset(preset, overrides, dataset)
+    resolved = read_preset(preset, [*(overrides or []), *([f"train.epochs={epochs}"] if epochs else [])], dataset)
     if dry_run:
         return show_plan(resolved, as_json)
     device = device_for(gpus, device)
@@ -71,25 +72,28 @@ def train(
                 display.epoch(event)
                 last = event
     except KeyboardInterrupt:
-        kept = f"; the state after epoch {last.epoch} is in {out / 'last.pt'}" if last else ""
-        note(f"lsag: error: interrupted{kept}")
-        raise typer.Exit(130) from None
+        kept = f"the state after epoch {last.epoch} is in {out / 'last.pt'}" if last else ""
+        raise InterruptedByUserError("interrupted", kept) from None
     finally:
         if display:
             display.close()
     assert last is not None, "a training has at least one epoch"
 
     checkpoint = out / "best.pt"
-    next_steps = [f"lsag eval {checkpoint}", f"lsag export {checkpoint} --onnx"]
+    where = ["--data-dir", str(data_dir)] if data_dir else []
+    next_steps = [
+        shlex.join(["lsag", "eval", str(checkpoint), *where]),
+        shlex.join(["lsag", "export", str(checkpoint), "--onnx"]),
+    ]
     if as_json:
         figures = {"best_top1": last.best_top1, "last_top1": last.top1, "epochs": last.epoch, "seconds": last.seconds}
         print_json("train", out=str(out), checkpoint=str(checkpoint), **figures, next=next_steps)
         return
     console = stdout()
-    console.print(f"best accuracy  {percent(last.best_top1)}  in {duration(last.seconds)}", markup=False)
-    console.print(f"everything is in {out}: best.pt, last.pt, curves.png, metrics.jsonl, preset.json", markup=False)
+    console.print(f"best accuracy  {percent(last.best_top1)}  in {duration(last.seconds)}")
+    console.print(f"everything is in {out}: best.pt, last.pt, curves.png, metrics.jsonl, preset.json")
     for command in next_steps:
-        console.print(f"next: {command}", markup=False)
+        console.print(f"next: {command}")
 
 
 def device_for(gpus: int | None, device: str) -> str:
@@ -118,6 +122,11 @@ def show_plan(preset: Preset, as_json: bool) -> None:
     total, recipe = count(preset.model), preset.train
     known = DATASETS.get(preset.data.dataset)
     steps = known.train_images // recipe.batch_size if known else None
+    if known and not steps:
+        raise UsageError(
+            f"{known.train_images} training images do not fill one batch of {recipe.batch_size}",
+            "--set train.batch_size=...",
+        )
     plan: dict[str, Any] = {
         "parameters": total.params,
         "macs": total.macs,
@@ -132,7 +141,7 @@ def show_plan(preset: Preset, as_json: bool) -> None:
         print_json("train", dry_run=True, preset=preset.model_dump(mode="json"), **plan)
         return
     console = stdout()
-    console.print(preset.model_dump_json(indent=2), markup=False)
+    console.print(preset.model_dump_json(indent=2))
     console.print(f"parameters       {total.params:,}")
     console.print(f"MACs per image   {giga(total.macs)}, of which {giga(total.macs_run)} are run")
     console.print(f"steps            {recipe.epochs} epochs of {steps or 'a number that depends on the folder'}")
@@ -151,9 +160,8 @@ class Display:
             f"{started.train_images:,} training and {started.eval_images:,} evaluation images, "
             f"{self.epochs} epochs of {self.steps} steps; writing to {started.out}"
         )
-        console = stderr()
         self.bar = None
-        if console.is_terminal and not console.is_dumb_terminal:
+        if is_terminal(sys.stderr):
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             self.bar = Progress(
@@ -161,7 +169,7 @@ class Display:
                 BarColumn(bar_width=None),
                 TextColumn("{task.percentage:3.0f} %"),
                 TimeRemainingColumn(compact=True),
-                console=console,
+                console=stderr(),
                 transient=True,
                 expand=True,
             )
@@ -188,7 +196,7 @@ class Display:
         )
         # On a terminal, long trainings of small models would scroll the screen away.
         if self.bar is None or event.seconds > 10 * event.epoch or event.epoch == self.epochs:
-            note(line) if self.bar is None else self.bar.console.print(line, markup=False)
+            note(line) if self.bar is None else self.bar.console.print(line)
 
     def close(self) -> None:
         if self.bar:

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import pickle
 import random
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from lsag import LSAG, load_checkpoint
-from lsag.checkpoint import Checkpoint, random_checkpoint, replacing, save_checkpoint
+from lsag.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
 from lsag.errors import InputError, OutputError
+from lsag.files import replacing
 from tests.conftest import images, randomise
 
 
@@ -59,6 +61,19 @@ def test_a_flipped_bit_or_a_cut_is_never_loaded_as_other_weights(saved, tmp_path
         except InputError:
             refused += 1
     assert refused > 250, "what is left changes no weight: padding between the entries"
+
+
+def test_every_bit_of_the_directory_may_flip(saved, tmp_path):
+    path, _ = saved
+    data = path.read_bytes()
+    start = data.index(b"PK\x01\x02")
+    mutant = tmp_path / "mutant.pt"
+    for position in range(start * 8, len(data) * 8, 7):
+        changed = bytearray(data)
+        changed[position // 8] ^= 1 << position % 8
+        mutant.write_bytes(changed)
+        with contextlib.suppress(InputError):
+            load_checkpoint(mutant)
 
 
 class Payload:

@@ -34,7 +34,7 @@ def test_presets_are_table_2(name):
     )
     assert found == TABLE_2[name]
     assert model.shifts == (CIFAR_SHIFTS if name.startswith("cifar") else IMAGENET_SHIFTS)
-    assert model.shift_mode == ("extend" if name.endswith("release") else "roll")
+    assert model.shift_mode == ("roll" if name.startswith("cifar") else "extend")
 
 
 @pytest.mark.parametrize("name", TABLE_2)
@@ -110,6 +110,9 @@ def test_override_values_are_toml_or_else_text(text, expected):
         ({"data.mean": [0.5]}, ["3 values each"]),
         ({"model.in_channels": 1}, ["data.mean"]),
         ({"name": ""}, ["name"]),
+        ({"name": "a/b"}, ["name"]),
+        ({"augment.rand_augment": "foo"}, ["augment.rand_augment", "'foo'"]),
+        ({"train.epochs": 2}, ["--set train.warmup_epochs=0"]),
     ],
 )
 def test_mistakes_are_named_all_at_once(overrides, words):
@@ -128,6 +131,12 @@ def test_files_that_are_no_presets_are_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"mine"):
         load_preset(path)
+
+
+def test_names_that_cannot_be_files_and_numbers_that_are_too_long_are_refused():
+    with pytest.raises(UsageError):
+        load_preset("x" * 5000)
+    assert parse_override("a=" + "9" * 5000) == ("a", "9" * 5000)
 
 
 def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):

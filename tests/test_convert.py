@@ -62,7 +62,7 @@ CASES = {
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 def test_converted_weights_give_the_released_function(config):
     source = randomise(LSAG(config)).eval()
-    converted = from_released(released_layout(source), config).eval()
+    converted = from_released(released_layout(source), config)
     # The released CIFAR code reads a tuple as (vertical, horizontal).
     shifts = [(y, x) if config.shift_mode == "roll" else (x, y) for x, y in config.shifts]
     expected_config = config.model_copy(update={"shifts": tuple(shifts)})
@@ -98,7 +98,7 @@ def reference(name: str) -> tuple[dict[str, Tensor], ModelConfig, Tensor, Tensor
 @pytest.mark.parametrize("name", ["released-cifar-mqa", "released-imagenet"])
 def test_released_checkpoints_give_the_released_logits(name):
     weights, config, batch, logits = reference(name)
-    model = from_released(weights, config).eval()
+    model = from_released(weights, config)
     assert (model(batch) - logits).abs().max() < 1e-5
 
 
@@ -114,7 +114,7 @@ def test_a_published_file_becomes_a_checkpoint(tmp_path):
     torch.save(published, tmp_path / "released.pth")
     convert_file(tmp_path / "released.pth", preset, tmp_path / "ours.pt")
     checkpoint = load_checkpoint(tmp_path / "ours.pt")
-    direct = from_released(published["model"], preset.model).eval()
+    direct = from_released(published["model"], preset.model)
     batch = images(2, preset.model)
     assert torch.equal(checkpoint.model(batch), direct(batch))
 
@@ -134,12 +134,27 @@ def test_weights_of_another_model_are_refused():
         from_released(released, full)
 
 
+def test_keys_of_other_projects_are_unknown_not_a_crash():
+    with pytest.raises(InputError, match=r"layers\.encoder\.0\.weight"):
+        from_released({"layers.encoder.0.weight": torch.zeros(1), "layers.0": torch.zeros(1)}, small_config())
+    broken = released_layout(LSAG(small_config()))
+    broken["norm.bias"] = torch.full((16,), float("nan"))
+    with pytest.raises(InputError, match=r"1 not finite: norm\.bias"):
+        from_released(broken, small_config())
+
+
+@pytest.mark.parametrize("name", ["in1k-tiny", "in1k-small", "in1k-tiny-release"])
+def test_imagenet_presets_keep_the_order_of_their_shifts(name):
+    config = load_preset(name, {"model.image_size": 28, "model.num_classes": 5}).model
+    assert from_released(released_layout(LSAG(config)), config).config.shifts == config.shifts == IMAGENET_SHIFTS
+
+
 class Payload:
     def __reduce__(self):
         return exec, ("raise SystemExit('code from a checkpoint was run')",)
 
 
-@pytest.mark.parametrize("contents", [{"model": Payload()}, {"weights": 3}, [1, 2], {"model": {"a": 1}}])
+@pytest.mark.parametrize("contents", [{"model": Payload()}, {"model": 3}, {"weights": 3}, [1, 2]])
 def test_other_files_are_refused(tmp_path, contents):
     torch.save(contents, tmp_path / "file.pth")
     with pytest.raises(InputError, match=r"file\.pth"):

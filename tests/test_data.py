@@ -1,3 +1,4 @@
+import contextlib
 import os
 import random
 
@@ -20,15 +21,14 @@ from lsag.data import (
     open_split,
     train_loader,
     train_transform,
+    unnamed_classes,
 )
 from lsag.errors import InputError, UnavailableError, UsageError
 
 
-def save(path, array, mode=None, **options):
+def save(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(array), mode).save(path, **options) if mode else Image.fromarray(array).save(
-        path, **options
-    )
+    Image.fromarray(array).save(path)
 
 
 @pytest.fixture
@@ -88,7 +88,11 @@ def test_missing_and_wrong_data_are_named(folder, tmp_path):
         check_classes(["cat", "dog"], ["cat", "cow"], what="a", where="b")
     with pytest.raises(InputError, match="2 classes, b has 1"):
         check_classes(["cat", "dog"], ["cat"], what="a", where="b")
-    check_classes(["0", "1"], ["cat", "dog"], what="unnamed classes", where="b")
+    with pytest.raises(InputError, match=r"'0' against 'cat'"):
+        check_classes(["0", "1"], ["cat", "dog"], what="a", where="b")
+    check_classes(unnamed_classes(2), ["cat", "dog"], what="unnamed classes", where="b")
+    with pytest.raises(UsageError, match="did you mean 'cifar10'"):
+        open_split("cifar", tmp_path, train=False, in_channels=3)
 
 
 def test_a_failed_download_is_one_error(tmp_path, monkeypatch):
@@ -131,6 +135,25 @@ def test_photographs_are_turned_upright(tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
     assert open_image(tmp_path / "a.jpg", "RGB").size == (8, 16)
+
+
+def test_digits_serve_colour_models_too():
+    assert open_split("digits", None, train=False, in_channels=3).load(0)[0].mode == "RGB"
+
+
+def test_damaged_files_never_crash_the_decoder(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "good.jpg", exif=exif)
+    good, generator = (tmp_path / "good.jpg").read_bytes(), random.Random(0)
+    for _ in range(500):
+        changed = bytearray(good)
+        for _ in range(generator.randrange(1, 4)):
+            changed[generator.randrange(len(changed))] = generator.randrange(256)
+        (tmp_path / "bad.jpg").write_bytes(changed)
+        with contextlib.suppress(InputError):
+            assert open_image(tmp_path / "bad.jpg", "RGB").mode == "RGB"
 
 
 def test_what_is_no_image_is_refused_by_name(tmp_path):

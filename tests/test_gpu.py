@@ -28,11 +28,11 @@ def test_bf16_logits_are_close_to_fp32(checkpoint):
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_training_learns(tmp_path, tiny_preset):
-    epochs = [
-        e for e in train(tiny_preset, data_dir=tmp_path, out=tmp_path / "run", device="cuda") if isinstance(e, Epoch)
-    ]
-    assert epochs[-1].train_loss < 2.3
+def test_training_learns(tmp_path):
+    preset = load_preset("digits-nano", {"train.epochs": 8, "train.warmup_epochs": 1})
+    events = train(preset, data_dir=tmp_path, out=tmp_path / "run", device="cuda")
+    epochs = [event for event in events if isinstance(event, Epoch)]
+    assert epochs[-1].top1 > 0.8
 
 
 def test_onnxruntime_runs_on_cuda(tmp_path, checkpoint):
