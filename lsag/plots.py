@@ -14,7 +14,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str)
     figure, (left, right) = _figure(1, 2, (10, 4))
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) == 1 else None
-    left.plot(epochs, [row["train_loss"] for row in history], label="training", marker=marker)
+    left.plot(epochs, [row["train_loss"] for row in history], label="training (augmented, smoothed)", marker=marker)
     left.plot(epochs, [row["eval_loss"] for row in history], label="evaluation", marker=marker)
     left.set(xlabel="epoch", ylabel="loss (nats)")
     left.legend()
