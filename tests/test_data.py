@@ -222,6 +222,15 @@ def test_the_recipe_reaches_the_transform():
         assert word not in plain
 
 
+def test_the_strongest_augmentation_of_the_recipe_works():
+    # Magnitude 9 with its spread reaches 10 now and then, where an image may be posterised to 0 bits.
+    transform = train_transform(load_preset("cifar-tiny", {"augment.rand_augment": "rand-m10-inc1"}))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    random.seed(0)
+    for _ in range(300):
+        assert transform(image).isfinite().all()
+
+
 def test_evaluation_resizes_crops_and_normalises():
     preset = load_preset("in1k-tiny")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
