@@ -35,8 +35,8 @@ def autocast(device: torch.device) -> AbstractContextManager[None]:
 def _keep_freed_memory() -> None:
     """Keep glibc from giving large freed tensors back to the system at once.
 
-    Every step allocates the same activations again, and each of their pages would fault anew: on two cores that cost
-    up to two thirds of a training step (docs/benchmarks.md).
+    Every step allocates the same activations again, and each of their pages would fault anew. What that costs is
+    measured in docs/benchmarks.md.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
