@@ -1,6 +1,7 @@
 """Checkpoint files: plain data that says all about a model, written whole or not at all, and checked when read."""
 
 import io
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(contents, dict) or contents.get("kind") != "lsag":
         kind = " (weights of another project? the authors' own: lsag convert)" if isinstance(contents, dict) else ""
         raise InputError(f"{path} is not an lsag checkpoint{kind}", "give a file that lsag train or lsag convert wrote")
-    if contents.get("format") != FORMAT:
+    if not isinstance(contents.get("format"), int) or contents["format"] != FORMAT:
         raise InputError(
             f"{path} has checkpoint format {contents.get('format')}, this lsag reads {FORMAT}", "upgrade lsag"
         )
@@ -75,7 +76,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         _check_weights(weights, model.state_dict())
         model.load_state_dict(weights, assign=True)
         model.requires_grad_(True)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # contents of any type may stand where ours are expected
         reason = error.what if isinstance(error, UsageError) else error
         raise InputError(f"{path} does not hold what its format promises: {reason}", "use an undamaged file") from error
     return Checkpoint(model.eval(), preset, classes, epoch, metrics)
@@ -83,6 +84,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def _read(path: Path) -> Any:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "not a regular file")
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read checkpoint {path}: {error.strerror}", "check the path") from error
@@ -102,7 +105,8 @@ def _read(path: Path) -> Any:
             f"{path} is not a checkpoint, or is truncated or damaged", "give a file that lsag wrote"
         ) from error
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of sparse tensors, which are refused
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for a file that is not its own
         reason = (
             "it contains objects that are not plain data"
@@ -113,6 +117,11 @@ def _read(path: Path) -> Any:
 
 
 def _check_weights(weights: Any, wanted: dict[str, torch.Tensor]) -> None:
+    if not isinstance(weights, dict) or not all(
+        isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        for value in weights.values()
+    ):
+        raise ValueError("the weights are not plain tensors")
     problems = [f"{key} is missing" for key in wanted if key not in weights]
     problems += [f"{key} is unknown" for key in weights if key not in wanted]
     problems += [

@@ -19,8 +19,10 @@ DatasetName = Literal["digits", "cifar10", "cifar100", "imagenet", "folder"]
 # Strict scalars: "10" or true is no number, while a list may stand for a tuple.
 Integer = Annotated[int, Strict()]
 Real = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-Positive = Annotated[Integer, Field(gt=0)]
-NonNegativeInteger = Annotated[Integer, Field(ge=0)]
+# The bounds are far above any use; they keep a typing error from taking all memory.
+Positive = Annotated[Integer, Field(gt=0, le=10_000_000)]
+Size = Annotated[Integer, Field(gt=0, le=16_384)]
+NonNegativeInteger = Annotated[Integer, Field(ge=0, le=16_384)]
 NonNegative = Annotated[Real, Field(ge=0)]
 Probability = Annotated[Real, Field(ge=0, le=1)]
 BelowOne = Annotated[Real, Field(ge=0, lt=1)]
@@ -29,7 +31,7 @@ Shift = tuple[Integer, Integer]
 
 MAX_PRESET_BYTES = 1_000_000
 # What timm understands: magnitude, its spread and limit, number of operations, probability, increasing severity.
-RAND_AUGMENT = r"^rand(-(m|mstd|mmax|n|p|inc)\d+(\.\d+)?)*$"
+RAND_AUGMENT = r"^rand(-((m|n|mmax|inc)\d{1,2}|(mstd|p)\d+(\.\d+)?))*$"
 
 
 class DatasetInfo(NamedTuple):
@@ -57,10 +59,10 @@ class _Frozen(BaseModel):
 class StageConfig(_Frozen):
     """One level of the pyramid: `depth` blocks at one resolution and width (paper, Table 2)."""
 
-    embed_dim: Positive
-    depth: Positive
-    num_heads: Positive
-    num_kv_heads: Positive = Field(default_factory=lambda fields: fields.get("num_heads", 1))
+    embed_dim: Size
+    depth: Annotated[Integer, Field(gt=0, le=1000)]
+    num_heads: Size
+    num_kv_heads: Size = Field(default_factory=lambda fields: fields.get("num_heads", 1))
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -74,15 +76,15 @@ class StageConfig(_Frozen):
 class ModelConfig(_Frozen):
     """The network: paper section 3 and Table 2. Sizes in pixels, shifts as (px, py), px to the right and py down."""
 
-    image_size: Positive
+    image_size: Size
     in_channels: Literal[1, 3] = 3
     num_classes: Positive
     shifts: tuple[Shift, ...] = Field(min_length=1)
-    patch_kernel: Positive
-    patch_stride: Positive
+    patch_kernel: Size
+    patch_stride: Size
     patch_padding: NonNegativeInteger
     shift_mode: Literal["roll", "extend"] = "roll"
-    mlp_ratio: PositiveReal = 4.0
+    mlp_ratio: Annotated[Real, Field(ge=0.1, le=100)] = 4.0
     drop_path: BelowOne = 0.1
     stages: tuple[StageConfig, ...] = Field(min_length=1)
 
@@ -131,7 +133,7 @@ class DataConfig(_Frozen):
     train_crop: Literal["padded", "resized"]
     """'padded': random crop after padding by `crop_padding`; 'resized': random resized crop (DeiT)."""
     crop_padding: NonNegativeInteger = 4
-    eval_resize: Positive | None = None
+    eval_resize: Size | None = None
     """Shorter side, in pixels, before the centre crop of evaluation; None: the image size itself."""
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
 
@@ -194,16 +196,16 @@ class TrainConfig(_Frozen):
 class PaperFigures(_Frozen):
     """What the paper prints for this model, for comparison only. The paper's "GFLOPs" are multiply-accumulates."""
 
-    params_m: float
-    gmacs: float | None = None
-    images_per_second: float | None = None
-    top1: dict[str, float] = {}
+    params_m: Real
+    gmacs: Real | None = None
+    images_per_second: Real | None = None
+    top1: dict[str, Real] = {}
 
 
 class Preset(_Frozen):
     """A complete, reproducible description of a model and its training."""
 
-    name: Annotated[str, Field(pattern=r"^[^/\\]+$")]
+    name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]+$")]
     description: str = ""
     model: ModelConfig
     data: DataConfig
@@ -325,8 +327,10 @@ def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        fields = _fields_at(problem["loc"][:-1])
-        return f"unknown key {where}{did_you_mean(str(problem['loc'][-1]), fields)}"
+        last = str(problem["loc"][-1])
+        near = did_you_mean(last, _fields_at(problem["loc"][:-1]))
+        elsewhere = [f"{section}.{last}" for section, model in _SECTIONS.items() if last in model.model_fields]
+        return f"unknown key {where}{near or (elsewhere and f", did you mean '{elsewhere[0]}'?") or ''}"
     if problem["type"] == "missing":
         return f"{where} is missing"
     got = problem["input"]
@@ -334,18 +338,20 @@ def _explain(problem: Any) -> str:
     return f"{where}: {message}{shown}" if where else message
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "model": ModelConfig,
+    "model.stages.0": StageConfig,
+    "data": DataConfig,
+    "augment": AugmentConfig,
+    "train": TrainConfig,
+    "paper": PaperFigures,
+}
+
+
 def _fields_at(loc: tuple[Any, ...]) -> list[str]:
-    sections: dict[str, type[BaseModel]] = {
-        "": Preset,
-        "model": ModelConfig,
-        "stages": StageConfig,
-        "data": DataConfig,
-        "augment": AugmentConfig,
-        "train": TrainConfig,
-        "paper": PaperFigures,
-    }
     names = [part for part in loc if isinstance(part, str)]
-    return list(sections[names[-1] if names else ""].model_fields)
+    section = _SECTIONS["model.stages.0" if "stages" in names else names[-1]] if names else Preset
+    return list(section.model_fields)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -30,6 +30,8 @@ def read_released(path: str | Path) -> dict[str, Tensor]:
     Loaded with `weights_only`; of other objects only the release's `argparse.Namespace` is let in, else InputError.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("not a regular file")
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -42,7 +44,13 @@ def read_released(path: str | Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(contents, dict):
             contents = contents.get(key, contents)
-    if not isinstance(contents, dict) or not all(isinstance(value, Tensor) for value in contents.values()):
+    if not isinstance(contents, dict) or not all(
+        isinstance(key, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        for key, value in contents.items()
+    ):
         raise InputError(f"{path} holds no weights under 'model' or 'state_dict'", "give a released .pth")
     return contents
 
@@ -75,7 +83,7 @@ def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG
     converted: dict[str, Tensor] = {}
     for kind in ("weight", "bias"):
         names = [f"to_patch_embedding.projections.{s}.{kind}" for s in range(config.num_variants)]
-        if all(name in source for name in names):
+        if all(name in source and source[name].dim() > 0 for name in names):
             converted[f"embed.conv.{kind}"] = torch.cat([source.pop(name) for name in names])
     for key, value in source.items():
         if key == "layers.0.0.pos_emb" and value.dim() == 3:
@@ -116,7 +124,7 @@ def _rename(key: str) -> str:
     match key.split("."):
         case ["mlp_head", kind]:
             return f"head.{kind}"
-        case ["layers", stage, "1", ("conv" | "norm") as name, kind] if stage.isdigit():
+        case ["layers", stage, "1", ("conv" | "norm") as name, kind] if stage.isdecimal():
             # The release puts the downsampling at the end of a stage, we at the start of the next.
             return f"stages.{int(stage) + 1}.down.{name}.{kind}"
         case ["layers", stage, "0", "pos_emb"]:

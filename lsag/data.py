@@ -21,6 +21,7 @@ from lsag.config import DATASETS, DataConfig, Preset, did_you_mean
 from lsag.errors import InputError, UnavailableError, UsageError, WorkerError
 
 MAX_PIXELS = 50_000_000
+MAX_ASPECT = 200
 EVAL_FOLDERS = {"imagenet": ("val",), "folder": ("val", "test")}
 Item = tuple[Tensor, int] | InputError
 
@@ -62,17 +63,23 @@ class FolderSource:
     def __init__(self, root: Path, mode: str) -> None:
         self.mode = mode
         try:
-            self.classes, class_to_index = datasets.folder.find_classes(root)
-            self.samples = datasets.folder.make_dataset(
-                root,
-                class_to_index,
-                is_valid_file=lambda path: (
-                    Path(path).suffix.lower() in datasets.folder.IMG_EXTENSIONS and not Path(path).name.startswith(".")
-                ),
-            )
+            self.classes, _ = datasets.folder.find_classes(root)
         except OSError as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise InputError(f"{root}: {reason}", "give a folder with a folder of images for each class") from error
+            raise InputError(
+                f"{root}: {_reason(error)}", "give a folder with a folder of images for each class"
+            ) from error
+        self.samples: list[tuple[str, int]] = []
+        for label, name in enumerate(self.classes):
+            # Links to folders are not followed: they may lead in circles, or count images twice.
+            paths = [Path(folder, file) for folder, _, files in os.walk(root / name) for file in files]
+            images = sorted(str(path) for path in paths if self._is_image(path))
+            if not images:
+                raise InputError(f"{root / name} holds no images", "remove it, or put images into it")
+            self.samples += [(path, label) for path in images]
+
+    @staticmethod
+    def _is_image(path: Path) -> bool:
+        return path.suffix.lower() in datasets.folder.IMG_EXTENSIONS and not path.name.startswith(".")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -94,8 +101,10 @@ def open_image(path: Path, mode: str) -> Image.Image:
         if not path.is_file():
             raise OSError("not a regular file")
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise OSError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            shorter, longer = sorted(image.size)
+            if shorter * longer > MAX_PIXELS or longer > MAX_ASPECT * shorter:
+                limits = f"more than {MAX_PIXELS:,} pixels or {MAX_ASPECT} times as long as wide"
+                raise OSError(f"{image.width} x {image.height} is {limits}")
             image.load()
             upright = ImageOps.exif_transpose(image)
             if upright.mode == "F":
@@ -167,20 +176,28 @@ def _cifar(dataset: str, data_dir: Path, mode: str, *, train: bool, download: bo
             raise InputError(
                 f"{dataset} {state} {found}", "allow the download, or put the extracted archive there"
             ) from error
+        existed = data_dir.exists()
         try:
             files = kind(str(data_dir), train=train, download=True)
         except Exception as failure:  # urllib, tarfile and torchvision each raise their own
-            reason = (str(failure).splitlines() or [type(failure).__name__])[0]
+            if not existed and data_dir.is_dir() and not any(data_dir.iterdir()):
+                data_dir.rmdir()
             raise UnavailableError(
-                f"{dataset} {state} {found} and could not be downloaded: {reason}",
-                f"fetch {kind.filename} by hand and extract it into {data_dir}",
+                f"{dataset} {state} {found} and could not be downloaded: {_reason(failure)}",
+                f"fetch {kind.url} by hand and extract it into {data_dir}",
             ) from failure
     return ArraySource(files.data, files.targets, files.classes, mode)
 
 
 def unnamed_classes(count: int) -> tuple[str, ...]:
     """Names for the classes of a model that came without any."""
-    return tuple(f"class {index}" for index in range(count))
+    return tuple(f"unnamed class {index}" for index in range(count))
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def check_classes(expected: Sequence[str], found: Sequence[str], *, what: str, where: str) -> None:

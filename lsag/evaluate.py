@@ -1,5 +1,6 @@
 """Exact metrics of a classifier over a dataset: each image counts once."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from lsag.checkpoint import Checkpoint, load_checkpoint
 from lsag.config import Preset
 from lsag.data import Normalize, batches, check_classes, choose_workers, eval_loader, open_split
 from lsag.device import autocast, choose_device
+from lsag.errors import InputError
 from lsag.runtime import OnnxModel
 
 TOP_K = 5
@@ -113,13 +115,15 @@ def evaluate_file(
         preset, classes = checkpoint.preset, checkpoint.classes
         on = choose_device(device)
         classify, ran_on = classifier(checkpoint, on), str(on)
-    dataset = dataset or preset.data.dataset
+    dataset = preset.data.dataset if dataset is None else dataset
     source = open_split(dataset, Path(data_dir), train=False, in_channels=preset.model.in_channels, download=download)
     check_classes(classes, source.classes, what=f"{path} (preset {preset.name})", where=dataset)
     if workers is None:
         workers = choose_workers(len(source))
     loader = eval_loader(source, preset, batch_size=batch_size, workers=workers)
     metrics = evaluate(classify, loader, num_classes=len(classes), on_batch=on_batch)
+    if not math.isfinite(metrics.loss):
+        raise InputError(f"{path} gives outputs that are not finite", "train or export it again")
     names = [source.name(index) for index in range(len(source))]
     return Evaluation(metrics, preset, classes, dataset, ran_on, names)
 

@@ -15,7 +15,7 @@ from lsag.checkpoint import Checkpoint
 from lsag.data import Normalize
 from lsag.errors import CheckError
 from lsag.files import replacing
-from lsag.runtime import FORMAT, METADATA_KEY, OnnxModel
+from lsag.runtime import FORMAT, METADATA_KEY, OnnxModel, graph_digest
 
 CHECKED_BATCHES = (1, 2, 5)
 TOLERANCE = 1e-4
@@ -71,10 +71,13 @@ def export_onnx(checkpoint: Checkpoint, path: str | Path) -> Exported:
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         )
     assert program is not None, "the dynamo exporter returns a program"
-    program.model.metadata_props[METADATA_KEY] = json.dumps(_metadata(checkpoint))
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "model.onnx"
         program.save(draft, external_data=False)
+        graph = onnx.load(draft)
+        metadata = {**_metadata(checkpoint), "graph_sha256": graph_digest(graph)}
+        onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(metadata)})
+        draft.write_bytes(graph.SerializeToString())
         session = OnnxModel(draft)
         with torch.inference_mode():
             differences = [(session(batch.permute(0, 3, 1, 2)) - model(batch)).abs().max() for batch in images]
@@ -87,7 +90,7 @@ def export_onnx(checkpoint: Checkpoint, path: str | Path) -> Exported:
         contents = draft.read_bytes()
     with replacing(path) as file:
         file.write(contents)
-    opset = next(entry.version for entry in onnx.load_from_string(contents).opset_import if entry.domain == "")
+    opset = next(entry.version for entry in graph.opset_import if entry.domain == "")
     return Exported(path, opset, len(contents), difference)
 
 

@@ -19,7 +19,10 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise OutputError(f"cannot write {path}: {reason}", "free space or choose another place") from error
+        fix = (
+            "create the folder first" if isinstance(error, FileNotFoundError) else "free space or choose another place"
+        )
+        raise OutputError(f"cannot write {path}: {reason}", fix) from error
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Pictures of results, as PNG files. matplotlib is imported only when one is drawn."""
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,13 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title)
+    figure.suptitle(_plain(title))
     _save(figure, path)
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, title: str) -> None:
     """The confusion matrix, row by row in percent of a class's images; names and numbers where there is room."""
-    count, names = len(classes), [name.replace("$", r"\$") for name in classes]
+    count, names = len(classes), [_plain(name) for name in classes]
     size = min(max(4.5, 0.55 * count + 2), 14)
     figure, axes = _figure(1, 1, (size, size))
     share = 100 * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
@@ -50,18 +52,24 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, tit
                     axes.text(
                         column, row, int(confusion[row, column]), ha="center", va="center", color=color, fontsize=8
                     )
-    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.set(xlabel="predicted", ylabel="true", title=_plain(title))
     _save(figure, path)
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
     # The object interface, not pyplot: no window, no state, no display needed.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns)
 
 
+def _plain(text: str) -> str:
+    """Text that matplotlib draws as it is: no formulas, nothing that cannot be encoded."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
 def _save(figure: Any, path: Path) -> None:
-    with replacing(path) as file:
+    with warnings.catch_warnings(action="ignore"), replacing(path) as file:  # of glyphs that the font has not
         figure.savefig(file, format="png", dpi=120)

@@ -1,6 +1,8 @@
 """Exported graphs in onnxruntime, on the execution provider that was asked for and on no other."""
 
+import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -34,7 +36,7 @@ class OnnxModel:
         available = onnxruntime.get_available_providers()
         if wanted not in available:
             raise UnavailableError(f"this onnxruntime was built without {wanted}", "pip install onnxruntime-gpu")
-        _refuse_external_data(path)
+        self._read(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         # Torch is idle while the session runs; spinning threads would only keep cores from the loader.
@@ -59,19 +61,26 @@ class OnnxModel:
                 f"torch has {torch.version.cuda}, CUDA is {'' if torch.cuda.is_available() else 'not '}available)",
                 "install a driver and an onnxruntime-gpu for the same CUDA, or use --device cpu",
             )
-        self._read_metadata(path)
 
-    def _read_metadata(self, path: str | Path) -> None:
-        entries = self.session.get_modelmeta().custom_metadata_map
+    def _read(self, path: str | Path) -> None:
+        """Check the file without running anything: whole, its own weights only, and described by lsag."""
         try:
-            metadata = json.loads(entries[METADATA_KEY])
+            model = onnx.load(path, load_external_data=False)
+        except Exception as error:  # protobuf raises its own types
+            raise InputError(f"{path} is not an ONNX graph, or is truncated or damaged", "export it again") from error
+        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model.graph)):
+            raise InputError(f"{path} was refused: it keeps weights in other files", "use one that lsag export wrote")
+        try:
+            metadata = json.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA_KEY))
             if metadata["format"] != FORMAT:
                 raise InputError(f"{path} has format {metadata['format']}, this lsag reads {FORMAT}", "upgrade lsag")
             self.preset: Preset = validate_preset(metadata["preset"], origin=f"the preset in {path}")
             self.classes = tuple(metadata["classes"])
+            if metadata["graph_sha256"] != graph_digest(model):
+                raise InputError(f"{path} is damaged or was changed: its digest differs", "export it again")
         except InputError:
             raise
-        except (KeyError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever is not as lsag export writes it
             raise InputError(f"{path} was not exported by lsag: it has no such metadata", "use lsag export") from error
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -80,11 +89,17 @@ class OnnxModel:
         return torch.from_numpy(self.session.run(["logits"], {"images": pixels})[0])
 
 
-def _refuse_external_data(path: str | Path) -> None:
-    """InputError if the graph keeps weights in other files: ours never does, and onnxruntime would follow any path."""
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except Exception as error:  # protobuf raises its own types
-        raise InputError(f"{path} is not an ONNX graph, or is truncated or damaged", "export it again") from error
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer):
-        raise InputError(f"{path} was refused: it keeps weights in other files", "use one that lsag export wrote")
+def graph_digest(model: onnx.ModelProto) -> str:
+    """SHA-256 of the graph with its weights, without the metadata."""
+    return hashlib.sha256(model.graph.SerializeToString(deterministic=True)).hexdigest()
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every constant of a graph: initializers, attributes of nodes, and those of graphs inside them."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield attribute.t
+            yield from attribute.tensors
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)

@@ -1,10 +1,10 @@
 """The `lsag` command: its subcommands, and the one line and exit code that any error becomes."""
 
+import contextlib
 import errno
 import os
 import signal
 import sys
-import tempfile
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +46,7 @@ def root(
         bool, typer.Option("--debug", envvar="LSAG_DEBUG", help="Show the traceback of an error.")
     ] = False,
 ) -> None:
+    output.debug = debug
     if version:
         print(f"lsag {__version__}")
         raise typer.Exit
@@ -57,13 +58,14 @@ def root(
 def main() -> None:
     """Run the command line: exit codes as in docs/errors.md, and for an error one line on stderr."""
     open_streams()
+    code = 0
     try:
         code = run()
         sys.stdout.flush()
     except (BrokenPipeError, output.ReaderGoneError):
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        code = fail(f"cannot write to stdout: {error.strerror}", "free space or choose another place", 6)
+        code = code or fail(f"cannot write to stdout: {error.strerror}", "free space or choose another place", 6)
     if code in (6, 128 + signal.SIGPIPE):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try to flush it once more
     sys.exit(code)
@@ -84,7 +86,8 @@ def open_streams() -> None:
 def run() -> int:
     """The exit code of the command in argv; an error has been told."""
     try:
-        return typer.main.get_command(app).main(prog_name="lsag", standalone_mode=False) or 0
+        code = typer.main.get_command(app).main(prog_name="lsag", standalone_mode=False) or 0
+        return fail("interrupted", "", code) if code == 128 + signal.SIGINT else code  # typer takes Ctrl-C for itself
     except LsagError as error:
         return fail(error.what, error.fix, error.exit_code)
     except TyperException as error:
@@ -96,16 +99,28 @@ def run() -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
-            return fail("the device is out of memory", "lower --set train.batch_size, or eval --batch-size", 4)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return fail(f"the path {str(error.filename)[:100]}... is too long", "choose a shorter one", 2)
+        # torch is not imported for its names: OutOfMemoryError on a GPU, a RuntimeError of its allocator on the CPU.
+        if (
+            isinstance(error, MemoryError)
+            or "OutOfMemory" in type(error).__name__
+            or "DefaultCPUAllocator" in str(error)
+        ):
+            return fail("out of memory", "lower --set train.batch_size, eval --batch-size, or take a smaller model", 4)
         return bug(error)
 
 
 def bug(error: Exception) -> int:
     """An error that nobody foresaw, with the traceback in a file."""
-    path = Path(tempfile.gettempdir()) / f"lsag-crash-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.log"
-    path.write_text(traceback.format_exc(), encoding="utf-8")
-    return fail(f"a bug in lsag: {type(error).__name__}: {error}", f"please report it with {path}", 70)
+    folder = Path(os.environ.get("TMPDIR", "/tmp"))
+    path = folder / f"lsag-crash-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.log"
+    what = f"a bug in lsag: {type(error).__name__}: {error}"
+    try:
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError:
+        return fail(what, "please report it, with what lsag --debug shows", 70)
+    return fail(what, f"please report it with {path}", 70)
 
 
 def fail(what: str, fix: str, code: int) -> int:
@@ -113,9 +128,10 @@ def fail(what: str, fix: str, code: int) -> int:
     what, fix = " ".join(what.split()), " ".join(fix.split())
     room = MAX_ERROR - len(fix)
     line = (what if len(what) <= room else what[: room - 3] + "...") + (f" — {fix}" if fix else "")
-    if "--debug" in sys.argv or os.environ.get("LSAG_DEBUG", "0") not in ("", "0"):
-        traceback.print_exc()
-    print(f"lsag: error: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        if output.debug:
+            traceback.print_exc()
+        print(f"lsag: error: {line}", file=sys.stderr, flush=True)
     if "--json" in sys.argv and not output.json_printed:
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
         output.print_json(command, error={"code": code, "message": line})

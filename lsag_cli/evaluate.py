@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lsag.errors import OutputError
+from lsag.errors import OutputError, UsageError
 from lsag.files import replacing
 from lsag_cli.options import DataDir, Dataset, Device, Json, NoDownload, Workers, data_dir_or_default
-from lsag_cli.output import is_terminal, note, percent, print_json, stderr, stdout, table
+from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, table
 
 if TYPE_CHECKING:
     from lsag.evaluate import Evaluation
@@ -25,13 +25,19 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; changes nothing but speed.")] = 256,
     workers: Workers = None,
     no_download: NoDownload = False,
-    plot: Annotated[Path | None, typer.Option(help="The confusion matrix.  [default: beside CHECKPOINT]")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="The confusion matrix, a PNG.", show_default="beside CHECKPOINT")
+    ] = None,
     predictions: Annotated[
         Path | None, typer.Option(help="Write image, label and prediction to this CSV file.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a model: loss, top-1, top-5, accuracy of each class, confusion matrix."""
+    for option, path, suffix in (("--plot", plot, ".png"), ("--predictions", predictions, ".csv")):
+        if path and path.suffix.lower() != suffix:
+            raise UsageError(f"{option} {path} does not end in {suffix}", "give a file of that kind")
+
     from rich.progress import MofNCompleteColumn, Progress
 
     from lsag.evaluate import evaluate_file
@@ -51,7 +57,7 @@ def evaluate(
             on_batch=lambda images: bar.advance(task, images),
         )
     metrics = result.metrics
-    plot = plot or checkpoint.with_name(f"{checkpoint.stem}-{result.dataset}-confusion.png")
+    plot = plot or checkpoint.with_name(f"{checkpoint.name.replace('.', '-')}-{result.dataset}-confusion.png")
     failure = None
     try:
         if predictions:
@@ -77,7 +83,7 @@ def evaluate(
 
 def show(result: "Evaluation") -> None:
     """The figures, and a table of the classes (the twenty worst where there are more than thirty)."""
-    metrics, console = result.metrics, stdout()
+    metrics = result.metrics
     rows = sorted(
         zip(result.classes, metrics.per_class(), metrics.confusion.sum(dim=1).tolist(), strict=True),
         key=lambda row: (row[1] is None, row[1]),
@@ -87,9 +93,9 @@ def show(result: "Evaluation") -> None:
     order = {name: index for index, name in enumerate(result.classes)}
     for name, share, images in rows[:20] if many else sorted(rows, key=lambda row: order[row[0]]):
         shown.add_row(name, f"{images:,}", percent(share))
-    console.print(shown)
-    console.print(f"{result.preset.name} on {result.dataset}, {metrics.count:,} images, {result.device}")
-    console.print(f"top-1 {percent(metrics.top1)}   top-5 {percent(metrics.top5)}   loss {metrics.loss:.4f}")
+    say_table(shown)
+    say(f"{result.preset.name} on {result.dataset}, {metrics.count:,} images, {result.device}")
+    say(f"top-1 {percent(metrics.top1)}   top-5 {percent(metrics.top5)}   loss {metrics.loss:.4f}")
 
 
 def write_predictions(result: "Evaluation", path: Path) -> None:

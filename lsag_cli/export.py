@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from lsag.config import Preset
 from lsag.errors import InputError, OutputError, UsageError
 from lsag_cli.options import Json, OptionalPreset, Overrides, read_preset
-from lsag_cli.output import note, print_json, stdout
+from lsag_cli.output import note, print_json, say
 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
 
@@ -16,10 +17,10 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
 def export(
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(help="A checkpoint.  [default: best.pt of the newest run in runs/]", show_default=False),
+        typer.Argument(help="A checkpoint.", show_default="best.pt of the newest run in runs/"),
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX graph.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The file.  [default: the checkpoint's name, .onnx]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file.", show_default="the checkpoint's name, .onnx")] = None,
     preset: OptionalPreset = None,
     overrides: Overrides = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Export --preset untrained.")] = False,
@@ -41,6 +42,7 @@ def export(
         raise UsageError("a checkpoint brings its own preset", "drop --preset and --set, or add --random-weights")
     else:
         checkpoint = checkpoint or newest_best()
+        refuse_folder(checkpoint)
         out = out or checkpoint.with_suffix(".onnx")
     refuse_existing(out, force)
 
@@ -51,19 +53,18 @@ def export(
         source = random_checkpoint(resolved)
     else:
         source = load_checkpoint(checkpoint)
-        note(f"exporting {checkpoint}")
+        note(f"exporting {checkpoint} (epoch {source.epoch} of {source.preset.train.epochs})")
     done = export_onnx(source, out)
     if as_json:
         figures = {"opset": done.opset, "bytes": done.bytes, "max_difference": done.max_difference}
         print_json("export", path=str(done.path), preset=source.preset.name, **figures)
         return
-    console = stdout()
-    console.print(
+    say(
         f"{done.path}: {source.preset.name}, opset {done.opset}, {done.bytes / 1e6:.1f} MB, "
         f"within {done.max_difference:.1g} of PyTorch at batch 1, 2 and 5",
     )
     if checkpoint is not None:
-        console.print("next: " + shlex.join(["lsag", "eval", str(done.path)]))
+        say(eval_command(done.path, source.preset))
 
 
 def convert(
@@ -71,12 +72,13 @@ def convert(
     preset: Annotated[str, typer.Option("--preset", help="The preset it fits.", show_default=False)],
     overrides: Overrides = None,
     dataset: Annotated[str | None, typer.Option(help="The dataset it was trained on, if not the preset's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The file.  [default: FILE with -lsag.pt]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file.", show_default="FILE-lsag.pt")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Turn a checkpoint of the authors' release into one of ours."""
     resolved = read_preset(preset, overrides, dataset)
+    refuse_folder(file)
     out = out or file.with_name(f"{file.stem}-lsag.pt")
     refuse_existing(out, force)
 
@@ -86,7 +88,13 @@ def convert(
     if as_json:
         print_json("convert", path=str(out), preset=resolved.name)
         return
-    stdout().print(f"{out}: {resolved.name}\nnext: " + shlex.join(["lsag", "eval", str(out)]))
+    say(f"{out}: {resolved.name}\n" + eval_command(out, resolved))
+
+
+def eval_command(path: Path, preset: Preset) -> str:
+    """The line that says how to evaluate `path`."""
+    where = " --data-dir DIR" if preset.data.dataset in ("folder", "imagenet") else ""
+    return f"next: lsag eval {shlex.quote(str(path))}{where}"
 
 
 def newest_best() -> Path:
@@ -97,6 +105,11 @@ def newest_best() -> Path:
     return found[-1]
 
 
+def refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder", "give a checkpoint file")
+
+
 def refuse_existing(path: Path, force: bool) -> None:
-    if path.exists() and not force:
+    if not force and (path.exists() or path.is_symlink()):
         raise OutputError(f"{path} exists", "add --force, or choose another --out")

@@ -7,7 +7,7 @@ import typer
 from lsag.config import DATASETS, Preset, preset_paths
 from lsag.flops import Count, count, count_stages
 from lsag_cli.options import Json, Overrides, complete_preset, read_preset
-from lsag_cli.output import giga, mega, print_json, stdout, table
+from lsag_cli.output import giga, mega, print_json, say, say_table, table
 
 
 def flops(
@@ -24,21 +24,19 @@ def flops(
     if as_json:
         print_json("flops", presets=[describe(item) for item in presets])
         return
-    stage_column = ["stage"] if by_stage else []
-    headings = ("parameters", "MACs\nplain", "FLOPs\nplain", "MACs\nrun", "paper:\nparams", "paper:\n'GFLOPs'")
-    shown = table("preset", *stage_column, *headings, title="per image, one forward pass")
+    counts = ("parameters", "MACs\nplain", "FLOPs\nplain", "MACs\nrun")
+    headings = ("stage", *counts) if by_stage else (*counts, "paper:\nparams", "paper:\n'GFLOPs'")
+    shown = table("preset", *headings, title="per image, one forward pass")
     for item in presets:
         paper = item.paper
         printed = (f"{paper.params_m} M" if paper else "-", f"{paper.gmacs} G" if paper and paper.gmacs else "-")
         if by_stage:
-            for stage in count_stages(item.model):
-                shown.add_row(item.name, stage.name, *cells(stage), "", "")
-        shown.add_row(
-            item.name, *(["total"] if by_stage else []), *cells(count(item.model)), *printed, end_section=by_stage
-        )
-    console = stdout()
-    console.print(shown)
-    console.print(
+            for stage in [*count_stages(item.model), count(item.model)]:
+                shown.add_row(item.name, stage.name, *cells(stage), end_section=stage.name == "total")
+        else:
+            shown.add_row(item.name, *cells(count(item.model)), *printed)
+    say_table(shown)
+    say(
         "plain: keys and values of every shift variant. run: the same function with them absorbed (docs/design.md).\n"
         "FLOPs = 2 x MACs. The paper's 'GFLOPs' are MACs, and its counter counts one of the T embedding convolutions."
     )
@@ -50,25 +48,23 @@ def presets(as_json: Json = False) -> None:
     if as_json:
         print_json("presets", presets=[describe(item) for item in loaded])
         return
-    headings = ("preset", "what", "dataset", "image", "params", "MACs run", "epochs", "training")
-    shown = table(*headings, wrapping="what")
+    headings = ("preset", "dataset", "image", "params", "MACs run", "epochs", "training")
+    shown = table(*headings)
     for item in loaded:
         total = count(item.model)
         cost = training_flops(item, total)
         shown.add_row(
             item.name,
-            item.description,
             item.data.dataset,
             str(item.model.image_size),
             mega(total.params),
             giga(total.macs_run),
             str(item.train.epochs),
-            f"{cost / 1e15:,.3f} P" if cost else "-",
+            f"{cost / 1e18:,.4f} E" if cost else "-",
         )
-    console = stdout()
-    console.print(shown)
-    console.print(
-        "training: 3 x 2 x MACs run x images x epochs, in 10^15 FLOPs. See one with: lsag train --preset NAME --dry-run"
+    say_table(shown)
+    say(
+        "training: 3 x 2 x MACs run x images x epochs, in 10^18 FLOPs. See one with: lsag train --preset NAME --dry-run"
     )
 
 

@@ -29,13 +29,16 @@ Overrides = Annotated[
 ]
 Dataset = Annotated[
     str | None,
-    typer.Option(help="digits, cifar10, cifar100, imagenet (train/ and val/), or folder (the same, or test/)."),
+    typer.Option(
+        help="digits, cifar10, cifar100, imagenet or folder (train/CLASS/*.jpg and val/ or test/).",
+        show_default="the preset's",
+    ),
 ]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Where the data is. [default: $LSAG_DATA, or ./data]", show_default=False)
-]
+DataDir = Annotated[Path | None, typer.Option(help="Where the data is.", show_default="$LSAG_DATA, or ./data")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes that prepare images.  [default: by the machine]")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Processes that prepare images.", show_default="by the machine")
+]
 NoDownload = Annotated[bool, typer.Option("--no-download", help="Never fetch a dataset.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 

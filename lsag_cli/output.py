@@ -1,6 +1,7 @@
 """What the commands show: results on stdout, progress and errors on stderr."""
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from rich.table import Table
 
 SCHEMA_VERSION = 1
 
+debug = False
 json_printed = False
 
 
@@ -18,32 +20,24 @@ class ReaderGoneError(Exception):
     """Nobody reads stdout any more. Not an OSError: rich and typer would end the program with 1 for that."""
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise ReaderGoneError
+def say(text: str) -> None:
+    """A result, on stdout."""
+    try:
+        print(text)
+    except BrokenPipeError as error:
+        raise ReaderGoneError from error
 
 
-def stdout() -> Console:
-    """For results: plain text, in full length where it is not a terminal."""
-    return _console(sys.stdout)
+def say_table(table: Table) -> None:
+    """A table on stdout, as wide as its figures need: a narrow terminal may wrap it, but nothing is cut off."""
+    drawn = io.StringIO()
+    Console(file=drawn, width=10_000, markup=False, emoji=False, highlight=False).print(table)
+    say("\n".join(line.rstrip() for line in drawn.getvalue().splitlines()))
 
 
 def stderr() -> Console:
-    """For progress and notes."""
-    return _console(sys.stderr)
-
-
-def _console(stream: TextIO) -> Console:
-    terminal = is_terminal(stream)
-    return _Console(
-        file=stream,
-        force_terminal=terminal,
-        width=None if terminal else 200,
-        soft_wrap=not terminal,
-        markup=False,
-        emoji=False,
-        highlight=False,
-    )
+    """For progress bars."""
+    return Console(stderr=True, force_terminal=is_terminal(sys.stderr), markup=False, emoji=False, highlight=False)
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -51,29 +45,30 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def table(*columns: str, title: str | None = None, wrapping: str | None = None) -> Table:
-    """A table that never loses a figure; only the column `wrapping` gives way on a narrow terminal."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+def table(*columns: str, title: str | None = None) -> Table:
+    """An empty table; columns of names stand left, columns of figures right."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in columns:
-        text = column in ("preset", "stage", "what", "dataset", "class")
-        made.add_column(column, justify="left" if text else "right", no_wrap=column != wrapping, overflow="fold")
+        made.add_column(column, justify="left" if column in ("preset", "stage", "dataset", "class") else "right")
     return made
 
 
 def note(line: str) -> None:
     """A plain line on stderr; nobody reading it is no error."""
-    with contextlib.suppress(OSError, ReaderGoneError):
-        stderr().print(line)
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def print_json(command: str, **result: Any) -> None:
     """The one JSON object that `--json` promises."""
     global json_printed
     json_printed = True
-    try:
-        print(json.dumps({"schema_version": SCHEMA_VERSION, "command": command, "ok": "error" not in result, **result}))
-    except BrokenPipeError as error:
-        raise ReaderGoneError from error
+    say(
+        json.dumps(
+            {"schema_version": SCHEMA_VERSION, "command": command, "ok": "error" not in result, **result},
+            allow_nan=False,
+        )
+    )
 
 
 def mega(number: float) -> str:

@@ -1,8 +1,10 @@
 """lsag train"""
 
+import json
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +25,7 @@ from lsag_cli.options import (
     data_dir_or_default,
     read_preset,
 )
-from lsag_cli.output import giga, is_terminal, mega, note, percent, print_json, stderr, stdout
+from lsag_cli.output import giga, is_terminal, mega, note, percent, print_json, say, stderr
 
 if TYPE_CHECKING:
     from lsag.train import Epoch, Started, Step
@@ -35,7 +37,7 @@ def train(
     data_dir: DataDir = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Train for so many epochs.")] = None,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/PRESET-TIME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/PRESET-TIME")] = None,
     device: Device = "auto",
     gpus: Annotated[int | None, typer.Option(min=0, help="0 or 1 for now.")] = None,
     workers: Workers = None,
@@ -43,7 +45,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and touch nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a model. Without arguments: digits-nano, on handwritten digits that need no download, in about a minute."""
+    """Train a model. Without arguments: digits-nano, on handwritten digits that need no download, in a minute."""
     resolved = read_preset(preset, [*(overrides or []), *([f"train.epochs={epochs}"] if epochs else [])], dataset)
     if dry_run:
         return show_plan(resolved, as_json)
@@ -72,7 +74,7 @@ def train(
                 display.epoch(event)
                 last = event
     except KeyboardInterrupt:
-        kept = f"the state after epoch {last.epoch} is in {out / 'last.pt'}" if last else ""
+        kept = f"the last finished epoch is in {out / 'last.pt'}" if (out / "last.pt").exists() else ""
         raise InterruptedByUserError("interrupted", kept) from None
     finally:
         if display:
@@ -89,11 +91,10 @@ def train(
         figures = {"best_top1": last.best_top1, "last_top1": last.top1, "epochs": last.epoch, "seconds": last.seconds}
         print_json("train", out=str(out), checkpoint=str(checkpoint), **figures, next=next_steps)
         return
-    console = stdout()
-    console.print(f"best accuracy  {percent(last.best_top1)}  in {duration(last.seconds)}")
-    console.print(f"everything is in {out}: best.pt, last.pt, curves.png, metrics.jsonl, preset.json")
+    say(f"best accuracy  {percent(last.best_top1)}  in {duration(last.seconds)}")
+    say(f"everything is in {out}: best.pt, last.pt, curves.png, metrics.jsonl, preset.json")
     for command in next_steps:
-        console.print(f"next: {command}")
+        say(f"next: {command}")
 
 
 def device_for(gpus: int | None, device: str) -> str:
@@ -107,7 +108,7 @@ def device_for(gpus: int | None, device: str) -> str:
 
         found = torch.cuda.device_count()
         if found < gpus:
-            raise UnavailableError(f"asked for {gpus} GPUs, found {found}", "use --gpus 0, or fewer")
+            raise UnavailableError(f"asked for {gpus} GPUs, found {found}", f"use --gpus {min(found, 1)}")
         if gpus > 1:
             raise UsageError("training on more than one GPU is not supported yet", "use --gpus 1")
         return "cuda" if device == "auto" else device
@@ -140,13 +141,26 @@ def show_plan(preset: Preset, as_json: bool) -> None:
     if as_json:
         print_json("train", dry_run=True, preset=preset.model_dump(mode="json"), **plan)
         return
-    console = stdout()
-    console.print(preset.model_dump_json(indent=2))
-    console.print(f"parameters       {total.params:,}")
-    console.print(f"MACs per image   {giga(total.macs)}, of which {giga(total.macs_run)} are run")
-    console.print(f"steps            {recipe.epochs} epochs of {steps or 'a number that depends on the folder'}")
-    console.print(f"effective batch  {recipe.batch_size}")
-    console.print(f"peak lr          {plan['peak_lr']:.3g} ({recipe.lr:g} x {recipe.batch_size} / 512)")
+    for key, value in flatten(preset.model_dump(mode="json")):
+        say(f"{key} = {json.dumps(value)}")
+    say("")
+    say(f"parameters       {total.params:,}")
+    say(f"MACs per image   {giga(total.macs)}, of which {giga(total.macs_run)} are run")
+    say(f"steps            {recipe.epochs} epochs of {steps or 'as many steps as the folder has batches'}")
+    say(f"effective batch  {recipe.batch_size}")
+    say(f"peak lr          {plan['peak_lr']:.3g} ({recipe.lr:g} x {recipe.batch_size} / 512)")
+
+
+def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as the dotted keys that --set takes."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from flatten(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for index, inner in enumerate(value):
+            yield from flatten(inner, f"{key}.{index}")
+    else:
+        yield key, value
 
 
 class Display:
@@ -162,41 +176,37 @@ class Display:
         )
         self.bar = None
         if is_terminal(sys.stderr):
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn
 
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.percentage:3.0f} %"),
-                TimeRemainingColumn(compact=True),
-                console=stderr(),
-                transient=True,
-                expand=True,
-            )
+            text, bar = TextColumn("{task.description}"), BarColumn(bar_width=None)
+            self.bar = Progress(text, bar, console=stderr(), transient=True, expand=True)
             self.task = self.bar.add_task("starting", total=self.epochs * self.steps)
             self.bar.start()
 
     def step(self, event: "Step") -> None:
         if self.bar:
-            text = (
-                f"epoch {event.epoch}/{self.epochs}  step {event.step}/{self.steps}  loss {event.loss:.3f}  "
-                f"accuracy {self.accuracy}  {event.images_per_second:,.0f} img/s"
-            )
             done = (event.epoch - 1) * self.steps + event.step
+            text = (
+                f"epoch {event.epoch}/{self.epochs} step {event.step}/{self.steps}  loss {event.loss:.3f}  "
+                f"top-1 {self.accuracy}  {event.images_per_second:,.0f} img/s  {self.left(done)} left"
+            )
             self.bar.update(self.task, completed=done, description=text)
 
     def epoch(self, event: "Epoch") -> None:
         self.accuracy = percent(event.top1)
-        elapsed = time.monotonic() - self.begin
-        left = elapsed / event.epoch * (self.epochs - event.epoch)
         line = (
             f"epoch {event.epoch}/{self.epochs}  loss {event.train_loss:.3f}  eval loss {event.eval_loss:.3f}  "
-            f"accuracy {self.accuracy}  best {percent(event.best_top1)}  {event.images_per_second:,.0f} img/s  "
-            f"data wait {100 * event.data_wait:.0f} %  {duration(left)} left"
+            f"top-1 {self.accuracy}  {event.images_per_second:,.0f} img/s"
         )
-        # On a terminal, long trainings of small models would scroll the screen away.
-        if self.bar is None or event.seconds > 10 * event.epoch or event.epoch == self.epochs:
-            note(line) if self.bar is None else self.bar.console.print(line)
+        if self.bar:
+            self.bar.console.print(line)
+        else:
+            note(f"{line}  data wait {100 * event.data_wait:.0f} %  {self.left(event.epoch * self.steps)} left")
+
+    def left(self, steps_done: int) -> str:
+        """The time that remains, if it goes on as it went so far."""
+        elapsed = time.monotonic() - self.begin
+        return duration(elapsed / steps_done * (self.epochs * self.steps - steps_done))
 
     def close(self) -> None:
         if self.bar:

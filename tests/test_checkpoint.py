@@ -100,6 +100,7 @@ def test_bombs_and_foreign_files_are_refused(tmp_path, saved):
     (tmp_path / "text.pt").write_text("these are my weights")
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "folder.pt").mkdir()
+    os.mkfifo(tmp_path / "pipe.pt")
     torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
     torch.save([1], tmp_path / "list.pt")
     torch.save(torch.load(saved[0]) | {"format": 2}, tmp_path / "newer.pt")
@@ -107,7 +108,8 @@ def test_bombs_and_foreign_files_are_refused(tmp_path, saved):
         "bomb.pt": "compressed",
         "text.pt": "not a checkpoint",
         "empty.pt": "not a checkpoint",
-        "folder.pt": "Is a directory",
+        "folder.pt": "cannot read",
+        "pipe.pt": "cannot read",
         "absent.pt": "No such file",
         "foreign.pt": "lsag convert",
         "list.pt": "not an lsag checkpoint",
@@ -130,6 +132,11 @@ def test_bombs_and_foreign_files_are_refused(tmp_path, saved):
         (lambda c: c["preset"].pop("model"), "model is missing"),
         (lambda c: c.update(classes=3), "not hold what its format promises"),
         (lambda c: c.update(model=3), "not hold what its format promises"),
+        (lambda c: c.update(epoch=float("inf")), "not hold what its format promises"),
+        (lambda c: c.update(format=torch.zeros(3)), "checkpoint format"),
+        (lambda c: c["preset"]["model"]["stages"][0].update(depth=60_000), "less than or equal to 1000"),
+        (lambda c: c["preset"]["model"]["stages"][0].update(embed_dim=2 * 10**12), "less than or equal to"),
+        (lambda c: c["model"].update({"head.bias": torch.zeros(10).to_sparse()}), "plain tensors"),
     ],
 )
 def test_contents_that_do_not_fit_are_named(saved, change, word):

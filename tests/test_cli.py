@@ -71,7 +71,7 @@ def test_eval_export_and_eval_of_the_export_agree(trained, lsag):
     first = lsag("eval", best, "--predictions", "a.csv", cwd=folder)
     assert first.returncode == 0, first.stderr
     assert "digits-nano on digits, 360 images, cpu" in first.stdout
-    with Image.open(folder / "runs/first/best-digits-confusion.png") as image:
+    with Image.open(folder / "runs/first/best-pt-digits-confusion.png") as image:
         assert image.width > 500
     exported = lsag("export", "--onnx", cwd=folder)  # the newest run's best
     assert exported.returncode == 0 and "runs/first/best.onnx: digits-nano, opset" in exported.stdout, exported.stderr
@@ -103,7 +103,14 @@ def test_runs_are_named_after_preset_and_time(lsag, tmp_path):
 def test_dry_run_touches_nothing(lsag, tmp_path):
     done = lsag("train", "--preset", "in1k-tiny", "--epochs", "3", "--set", "train.warmup_epochs=1", "--dry-run")
     assert done.returncode == 0 and not list(tmp_path.iterdir())
-    for words in ("9,725,608", "3.429 G", "3 epochs of 1740", "effective batch  736", "0.000719"):
+    for words in (
+        "9,725,608",
+        "3.429 G",
+        "3 epochs of 1740",
+        "effective batch  736",
+        "0.000719",
+        "train.weight_decay = 0.05",
+    ):
         assert words in done.stdout
     plan = json.loads(lsag("train", "--preset", "cifar-tiny", "--dataset", "cifar100", "--dry-run", "--json").stdout)
     assert plan["preset"]["model"]["num_classes"] == 100 and plan["steps"] == 67 * 300
@@ -123,7 +130,7 @@ def test_flops_lists_every_preset_with_the_papers_figures(lsag):
 
 def test_presets_are_listed(lsag):
     assert len(json.loads(lsag("presets", "--json").stdout)["presets"]) == len(preset_paths())
-    assert "LSAG-Small, ImageNet (Table 2)" in lsag("presets").stdout
+    assert re.search(r"in1k-small +imagenet +224 +22\.15 M +7\.468 G +300", lsag("presets").stdout)
 
 
 def test_export_with_random_weights(lsag, tmp_path):
@@ -195,6 +202,11 @@ REFUSED = {
     "no run": (["export", "--onnx"], 3, ["none in runs/", "lsag train"]),
     "no format": (["export"], 2, ["--onnx"]),
     "two models": (["export", "a.pt", "--onnx", "--preset", "cifar-tiny", "--random-weights"], 2, ["no checkpoint"]),
+    "a picture over a checkpoint": (["eval", "a.pt", "--plot", "a.pt"], 2, ["--plot a.pt does not end in .png"]),
+    "a folder to export": (["export", ".", "--onnx"], 3, [". is a folder"]),
+    "a folder to convert": (["convert", ".", "--preset", "cifar-tiny"], 3, [". is a folder"]),
+    "a name that is too long": (["eval", "x" * 300 + ".onnx"], 2, ["too long"]),
+    "a device as checkpoint": (["eval", "/dev/zero"], 3, ["not a regular file"]),
     "a preset beside a checkpoint": (["export", "a.pt", "--onnx", "--preset", "cifar-tiny"], 2, ["own preset"]),
     "nothing to convert": (["convert", "absent.pth", "--preset", "cifar-tiny"], 3, ["absent.pth does not exist"]),
     "unknown provider": (["eval", "absent.onnx", "--device", "tpu"], 2, ["unknown provider"]),
@@ -245,7 +257,7 @@ def test_class_names_are_shown_as_they_are(lsag, tmp_path):
     shown = lsag("eval", "my run/best.pt", "--data-dir", tmp_path, "--predictions", "p.csv")
     for name in ("cup [small]", ":cat:", "a$b$", "ü"):
         assert name in shown.stdout, shown.stderr
-    assert (tmp_path / "my run/best-folder-confusion.png").exists()
+    assert (tmp_path / "my run/best-pt-folder-confusion.png").exists()
 
 
 def test_a_broken_image_is_named(lsag, tmp_path):
@@ -314,7 +326,7 @@ def test_interrupting_says_what_is_kept(tmp_path):
     training.send_signal(signal.SIGINT)
     _, errors = training.communicate(timeout=60)
     assert training.returncode == 130
-    assert re.search(r"lsag: error: interrupted — the state after epoch \d+ is in run/last.pt\n$", errors)
+    assert re.search(r"lsag: error: interrupted — the last finished epoch is in run/last.pt\n$", errors)
     assert "Traceback" not in errors
     assert load_checkpoint(tmp_path / "run/last.pt").epoch >= 1
 
@@ -337,6 +349,40 @@ def test_closed_and_full_streams(redirection, codes, json_flag):
         done = subprocess.run(["bash", "-c", f"{{ {shell}; }} 9>&1"], cwd=ROOT, capture_output=True, text=True)
     assert int(done.stdout.splitlines()[-1]) in codes, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 1
+
+
+def test_errors_keep_their_code_and_object_when_stderr_is_full():
+    shell = f"{sys.executable} -m lsag_cli eval absent.pt --json 2>/dev/full; echo $?"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+    printed, code = done.stdout.splitlines()
+    assert code == "3" and json.loads(printed)["error"]["code"] == 3
+
+
+def test_interrupting_anything_is_one_line(trained):
+    best = trained[0] / "runs/first/best.pt"
+    code = (
+        "import signal, sys, lsag.evaluate as e\n"
+        "def interrupted(*a, **k): signal.raise_signal(signal.SIGINT)\n"
+        "e.evaluate_file = interrupted\n"
+        f"sys.argv = ['lsag', 'eval', {str(best)!r}]\n"
+        "from lsag_cli.app import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert_refused(done, 130, "interrupted")
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_figure_is_cut_off_on_a_narrow_terminal(lsag, width):
+    shown = lsag("flops", "--by-stage", env={"COLUMNS": str(width)}).stdout
+    for preset in json.loads(lsag("flops", "--json").stdout)["presets"]:
+        for stage in [preset, *preset["stages"]]:
+            assert f"{stage['params']:,} " in shown and f"{stage['macs'] / 1e9:.3f} G" in shown
+
+
+def test_help_names_the_defaults(lsag):
+    shown = " ".join(lsag("train", "--help").stdout.replace("│", " ").split())
+    for words in ("$LSAG_DATA, or ./data", "runs/PRESET-TIME", "by the machine"):
+        assert words in shown
 
 
 def test_ascii_terminals_are_served(lsag):

@@ -154,7 +154,9 @@ class Payload:
         return exec, ("raise SystemExit('code from a checkpoint was run')",)
 
 
-@pytest.mark.parametrize("contents", [{"model": Payload()}, {"model": 3}, {"weights": 3}, [1, 2]])
+@pytest.mark.parametrize(
+    "contents", [{"model": Payload()}, {"model": 3}, {"model": {1: torch.zeros(1)}}, {"weights": 3}, [1, 2]]
+)
 def test_other_files_are_refused(tmp_path, contents):
     torch.save(contents, tmp_path / "file.pth")
     with pytest.raises(InputError, match=r"file\.pth"):

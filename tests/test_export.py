@@ -44,7 +44,7 @@ def test_the_file_stands_alone_and_describes_itself(exported):
     onnx.checker.check_model(graph)
     assert not [t for t in graph.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     metadata = json.loads({entry.key: entry.value for entry in graph.metadata_props}["lsag"])
-    assert metadata["classes"] == [f"class {index}" for index in range(10)]
+    assert metadata["classes"] == [f"unnamed class {index}" for index in range(10)]
     assert metadata["input"]["center_crop"] == 8 and metadata["input"]["mode"] == "L"
     model = OnnxModel(done.path)
     assert model.preset == checkpoint.preset and model.classes == checkpoint.classes
@@ -85,9 +85,25 @@ def test_other_files_and_providers_are_refused(tmp_path, exported):
     onnx.save(outside, tmp_path / "outside.onnx", save_as_external_data=True, location="weights", size_threshold=0)
     newer = onnx.load(exported[1].path)
     entry = next(entry for entry in newer.metadata_props if entry.key == "lsag")
-    entry.value = entry.value.replace('"format": 1', '"format": 2')
+    entry.value = entry.value.replace('"format": 1', '"format": 2', 1)
     onnx.save(newer, tmp_path / "newer.onnx")
-    for name in ("text.onnx", "cut.onnx", "foreign.onnx", "absent.onnx", "outside.onnx", "newer.onnx"):
+    flipped = bytearray(exported[1].path.read_bytes())
+    flipped[len(flipped) // 2] ^= 0x40
+    (tmp_path / "flipped.onnx").write_bytes(flipped)
+    hidden = onnx.load(exported[1].path)
+    tensor = onnx.TensorProto(name="t", data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+    hidden.graph.node.append(onnx.helper.make_node("Constant", [], ["unused"], value=tensor))
+    (tmp_path / "hidden.onnx").write_bytes(hidden.SerializeToString())
+    for name in (
+        "flipped.onnx",
+        "hidden.onnx",
+        "text.onnx",
+        "cut.onnx",
+        "foreign.onnx",
+        "absent.onnx",
+        "outside.onnx",
+        "newer.onnx",
+    ):
         with pytest.raises(InputError, match=name):
             OnnxModel(tmp_path / name)
 
