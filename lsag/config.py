@@ -329,8 +329,10 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         last = str(problem["loc"][-1])
         near = did_you_mean(last, _fields_at(problem["loc"][:-1]))
-        elsewhere = [f"{section}.{last}" for section, model in _SECTIONS.items() if last in model.model_fields]
-        return f"unknown key {where}{near or (elsewhere and f", did you mean '{elsewhere[0]}'?") or ''}"
+        if not near:
+            elsewhere = [f"{section}.{last}" for section, model in _SECTIONS.items() if last in model.model_fields]
+            near = f", did you mean '{elsewhere[0]}'?" if elsewhere else ""
+        return f"unknown key {where}{near}"
     if problem["type"] == "missing":
         return f"{where} is missing"
     got = problem["input"]
