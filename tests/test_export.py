@@ -8,6 +8,7 @@ import torch
 
 from lsag import load_preset
 from lsag.checkpoint import random_checkpoint
+from lsag.config import preset_paths
 from lsag.data import Normalize
 from lsag.errors import CheckError, InputError, UnavailableError
 from lsag.export import export_onnx
@@ -115,6 +116,6 @@ def test_cuda_is_never_replaced_by_the_cpu(exported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cifar-tiny", "in1k-tiny", "in1k-tiny-release", "in1k-small", "cifar-nano"])
+@pytest.mark.parametrize("name", preset_paths())
 def test_presets_export(tmp_path, name):
     assert export_onnx(random_checkpoint(load_preset(name)), tmp_path / "a.onnx").max_difference < 1e-4
