@@ -71,13 +71,13 @@ def export_onnx(checkpoint: Checkpoint, path: str | Path) -> Exported:
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         )
     assert program is not None, "the dynamo exporter returns a program"
+    graph = program.model_proto
+    metadata = {**_metadata(checkpoint), "graph_sha256": graph_digest(graph)}
+    onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(metadata)})
+    contents = graph.SerializeToString()
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "model.onnx"
-        program.save(draft, external_data=False)
-        graph = onnx.load(draft)
-        metadata = {**_metadata(checkpoint), "graph_sha256": graph_digest(graph)}
-        onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(metadata)})
-        draft.write_bytes(graph.SerializeToString())
+        draft.write_bytes(contents)
         session = OnnxModel(draft)
         with torch.inference_mode():
             differences = [(session(batch.permute(0, 3, 1, 2)) - model(batch)).abs().max() for batch in images]
@@ -87,7 +87,6 @@ def export_onnx(checkpoint: Checkpoint, path: str | Path) -> Exported:
                 f"onnxruntime and PyTorch differ by {difference:.2g}, more than {TOLERANCE:g}; {path} was not written",
                 "report this as a bug",
             )
-        contents = draft.read_bytes()
     with replacing(path) as file:
         file.write(contents)
     opset = next(entry.version for entry in graph.opset_import if entry.domain == "")
