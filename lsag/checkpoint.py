@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lsag.config import Preset, validate_preset
 from lsag.data import unnamed_classes
-from lsag.errors import InputError, UsageError
-from lsag.files import replacing
+from lsag.errors import CheckError, InputError, UsageError
+from lsag.files import write_checked, writing
 from lsag.model import LSAG
 
 FORMAT = 1
@@ -20,13 +21,18 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model ready for evaluation, with what is needed to use it."""
+    """A model ready for evaluation, with what is needed to use it.
+
+    `training` is what a resumed training needs besides: plain data and tensors, as lsag.train writes it. `best.pt` and
+    converted files have none.
+    """
 
     model: LSAG
     preset: Preset
     classes: tuple[str, ...]
     epoch: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    training: dict[str, Any] | None = None
 
 
 def random_checkpoint(preset: Preset) -> Checkpoint:
@@ -35,8 +41,52 @@ def random_checkpoint(preset: Preset) -> Checkpoint:
     return Checkpoint(LSAG(preset.model).eval(), preset, unnamed_classes(preset.model.num_classes))
 
 
+def initialise_from(model: LSAG, path: str | Path, *, reset_head: bool = False) -> list[str]:
+    """Give `model` the weights of a checkpoint, as the beginning of a fine-tuning; says what had to be changed.
+
+    Position embeddings are resized (bicubic) to the model's image size; with `reset_head` the classifier is left as it
+    was initialised. InputError if the rest does not fit, with both models named.
+    """
+    found = load_checkpoint(path)
+    weights, wanted, said = found.model.state_dict(), model.state_dict(), []
+    if reset_head:
+        weights |= {key: value for key, value in wanted.items() if key.startswith("head.")}
+        said.append(f"a new head for {model.num_classes} classes")
+    elif found.model.num_classes != model.num_classes:
+        raise InputError(
+            f"{path}: {found.preset.name} has {found.model.num_classes} classes, asked for {model.num_classes}",
+            "add --reset-head for a new classifier",
+        )
+    sides = zip(found.model.config.grid_sizes, model.config.grid_sizes, strict=False)
+    for key, (old, new) in zip([key for key in wanted if key.endswith("pos")], sides, strict=False):
+        if old != new and key in weights:
+            weights[key] = _resized(weights[key], old, new)
+            said.append(f"{key} resized from {old} x {old} to {new} x {new} patches")
+    try:
+        _check_weights(weights, wanted)
+    except ValueError as error:
+        raise InputError(
+            f"{path} holds {found.preset.name}, which is another network: {error}", "choose its preset"
+        ) from error
+    model.load_state_dict(weights)
+    return said
+
+
+def _resized(positions: torch.Tensor, old: int, new: int) -> torch.Tensor:
+    """Position embeddings (old * old, ...) -> (new * new, ...)."""
+    grid = positions.flatten(1).T.unflatten(1, (old, old))[None]
+    resized = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)[0]
+    return resized.flatten(1).T.unflatten(1, positions.shape[1:])
+
+
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` to `path`: whole and synced to disk, or OutputError and `path` as it was before."""
+    """Write `checkpoint` to `path`: whole, read back and synced to disk, or OutputError and `path` as it was before.
+
+    CheckError for weights that are not finite: they are never written.
+    """
+    weights = checkpoint.model.state_dict()
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise CheckError(f"the weights are not finite; {path} was not written", "lower --set train.lr")
     contents = {
         "format": FORMAT,
         "kind": "lsag",
@@ -44,10 +94,13 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "classes": list(checkpoint.classes),
         "epoch": checkpoint.epoch,
         "metrics": checkpoint.metrics,
-        "model": checkpoint.model.state_dict(),
+        "model": weights,
+        "training": checkpoint.training,
     }
-    with replacing(Path(path)) as file:
+    file = io.BytesIO()
+    with writing(Path(path)):
         torch.save(contents, file)
+        write_checked(Path(path), file.getbuffer())
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -68,7 +121,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         preset = validate_preset(contents["preset"], origin=f"the preset in {path}")
         classes, weights = tuple(contents["classes"]), contents["model"]
-        epoch, metrics = int(contents["epoch"]), dict(contents["metrics"])
+        epoch, metrics, training = int(contents["epoch"]), dict(contents["metrics"]), contents.get("training")
         if len(classes) != preset.model.num_classes:
             raise ValueError(f"{len(classes)} class names for {preset.model.num_classes} classes")
         with torch.device("meta"):
@@ -79,7 +132,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     except Exception as error:  # contents of any type may stand where ours are expected
         reason = error.what if isinstance(error, UsageError) else error
         raise InputError(f"{path} does not hold what its format promises: {reason}", "use an undamaged file") from error
-    return Checkpoint(model.eval(), preset, classes, epoch, metrics)
+    return Checkpoint(model.eval(), preset, classes, epoch, metrics, training)
 
 
 def _read(path: Path) -> Any:

@@ -176,6 +176,8 @@ class TrainConfig(_Frozen):
     warmup_epochs: NonNegative = 5
     weight_decay: NonNegative = 0.05
     clip_grad: PositiveReal = 5.0
+    ema_decay: BelowOne = 0.0
+    """Of an exponential moving average of the weights, which is then what is evaluated and kept; 0 for none."""
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
 
     @property
@@ -228,11 +230,42 @@ class Preset(_Frozen):
             raise ValueError("augment.rand_augment needs colour images (model.in_channels = 3); set it to 'none'")
         return self
 
+    def slice_size(self, num_slices: int) -> int:
+        """Images in each of the equal slices that a batch is cut into, one for each rank and accumulation step.
+
+        UsageError, with the nearest batch sizes that can be, if it cannot be cut so.
+        """
+        batch, unit = self.train.batch_size, num_slices * (2 if self.augment.mixes else 1)
+        if batch % unit:
+            nearest = " or ".join(str(size) for size in (batch // unit * unit, -(-batch // unit) * unit) if size)
+            even = " of even size, which mixup and cutmix need" if self.augment.mixes else ""
+            raise UsageError(
+                f"train.batch_size {batch} cannot be cut into {num_slices} equal slices{even}",
+                f"--set train.batch_size={nearest}, or change the number of devices or --accum",
+            )
+        return batch // num_slices
+
     def with_classes(self, num_classes: int) -> "Preset":
         """This preset with a head for `num_classes` classes."""
         values = self.model_dump()
         values["model"]["num_classes"] = num_classes
         return validate_preset(values, origin=f"preset {self.name}")
+
+
+def changed_keys(old: Preset, new: Preset) -> list[str]:
+    """The dotted keys of the settings in which two presets differ; names, descriptions and the paper's aside."""
+
+    def flat(value: Any, key: str) -> dict[str, Any]:
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else None
+        if items is None:
+            return {key: value}
+        return {k: v for name, inner in items for k, v in flat(inner, f"{key}.{name}").items()}
+
+    different = []
+    for section in ("model", "data", "augment", "train"):
+        a, b = (flat(getattr(preset, section).model_dump(), section) for preset in (old, new))
+        different += [key for key in a | b if a.get(key) != b.get(key)]
+    return different
 
 
 def preset_paths() -> dict[str, Path]:

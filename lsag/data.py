@@ -6,6 +6,8 @@ import random
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +20,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets, transforms
 
 from lsag.config import DATASETS, DataConfig, Preset, did_you_mean
+from lsag.device import available_cores
 from lsag.errors import InputError, UnavailableError, UsageError, WorkerError
 
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200
+PACK_BYTES = 2**30
+"""Folders whose decoded images take at most so much are held in memory; it is the most a rank spends on that."""
+WORKER_TIMEOUT = 120
+"""Seconds that workers may take for a batch."""
 EVAL_FOLDERS = {"imagenet": ("val",), "folder": ("val", "test")}
 Item = tuple[Tensor, int] | InputError
 
@@ -35,6 +42,9 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """What to call an image in a message or a table: its path, or its position."""
+
+    def fingerprint(self) -> str:
+        """A digest that other images, labels or another order would change; of files, their names count."""
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """The image, in mode L or RGB, and its label. InputError for one that cannot be read."""
@@ -53,6 +63,9 @@ class ArraySource:
     def name(self, index: int) -> str:
         return str(index)
 
+    def fingerprint(self) -> str:
+        return _digest(self.images.shape, self.images.tobytes(), self.labels, self.classes)
+
     def load(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]).convert(self.mode), self.labels[index]
 
@@ -61,7 +74,7 @@ class FolderSource:
     """Images in one folder for each class, classes in alphabetical order; regular image files only."""
 
     def __init__(self, root: Path, mode: str) -> None:
-        self.mode = mode
+        self.root, self.mode = root, mode
         try:
             self.classes, _ = datasets.folder.find_classes(root)
         except OSError as error:
@@ -87,9 +100,48 @@ class FolderSource:
     def name(self, index: int) -> str:
         return self.samples[index][0]
 
+    def fingerprint(self) -> str:
+        return _digest([(os.path.relpath(path, self.root), label) for path, label in self.samples])
+
     def load(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
         return open_image(Path(path), self.mode), label
+
+    def packed(self) -> Source:
+        """The same source with its images decoded in memory, or itself where they would take more than PACK_BYTES.
+
+        InputError for an image that cannot be read.
+        """
+        if sum(Path(path).stat().st_size for path, _ in self.samples) > PACK_BYTES // 4:
+            return self
+        images, used = [], 0
+        with ThreadPoolExecutor(available_cores()) as threads:
+            for image, _ in threads.map(self.load, range(len(self))):
+                images.append(np.asarray(image))
+                used += images[-1].nbytes
+                if used > PACK_BYTES:
+                    threads.shutdown(cancel_futures=True)
+                    return self
+        return _PackedSource(self, images)
+
+
+class _PackedSource:
+    """The decoded images of a folder in one array, which forked workers share, each with its place and shape in it."""
+
+    def __init__(self, source: FolderSource, images: Sequence[np.ndarray]) -> None:
+        self.source, self.classes = source, source.classes
+        self.labels = [label for _, label in source.samples]
+        self.name, self.fingerprint = source.name, source.fingerprint
+        self.shapes = np.array([(*image.shape, 1)[:3] for image in images])
+        self.starts = np.concatenate([[0], np.cumsum(self.shapes.prod(axis=1))])
+        self.pixels = np.concatenate([image.reshape(-1) for image in images])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        pixels = self.pixels[self.starts[index] : self.starts[index + 1]].reshape(self.shapes[index])
+        return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels), self.labels[index]
 
 
 def open_image(path: Path, mode: str) -> Image.Image:
@@ -189,6 +241,13 @@ def _cifar(dataset: str, data_dir: Path, mode: str, *, train: bool, download: bo
     return ArraySource(files.data, files.targets, files.classes, mode)
 
 
+def _digest(*parts: object) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
 def unnamed_classes(count: int) -> tuple[str, ...]:
     """Names for the classes of a model that came without any."""
     return tuple(f"unnamed class {index}" for index in range(count))
@@ -261,24 +320,34 @@ class EvalSet(Dataset[Item]):
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """The (epoch, image) pairs of an epoch in random order, in full batches; what is left over is dropped."""
+    """The slices of an epoch's batches that one rank takes, as (epoch, image) pairs in random order.
 
-    def __init__(self, num_images: int, preset: Preset) -> None:
+    Each batch is cut into size x accum slices, of which rank r takes those from r x accum on. So 8 ranks, and one rank
+    that accumulates 8 slices, see the same slices. What does not fill a batch is dropped. `epoch` and `first_step`
+    are set before an epoch is read.
+    """
+
+    def __init__(self, num_images: int, preset: Preset, *, rank: int = 0, size: int = 1, accum: int = 1) -> None:
         self.num_images, self.batch_size, self.seed = num_images, preset.train.batch_size, preset.train.seed
-        self.epoch = 0
-        if len(self) == 0:
+        self.slice_size = preset.slice_size(size * accum)
+        self.slices = range(rank * accum, (rank + 1) * accum)
+        self.num_steps = num_images // self.batch_size
+        self.epoch = self.first_step = 0
+        if self.num_steps == 0:
             raise UsageError(
                 f"{num_images} training images do not fill one batch of {self.batch_size}", "--set train.batch_size=..."
             )
 
     def __len__(self) -> int:
-        return self.num_images // self.batch_size
+        return (self.num_steps - self.first_step) * len(self.slices)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(random_key(self.seed, "order", self.epoch))
         order = torch.randperm(self.num_images, generator=generator).tolist()
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+        for step in range(self.first_step, self.num_steps):
+            for index in self.slices:
+                start = step * self.batch_size + index * self.slice_size
+                yield [(self.epoch, image) for image in order[start : start + self.slice_size]]
 
 
 def train_transform(preset: Preset) -> Any:
@@ -330,10 +399,12 @@ class Normalize(nn.Module):
         return pixels.to(self.scale.dtype) * self.scale + self.offset
 
 
-def choose_workers(num_images: int) -> int:
-    """Processes that prepare images: none where starting them costs more than they save, else one per core, up to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if num_images < 5_000 else min(8, cores)
+def choose_workers(num_images: int, *, processes: int = 1) -> int:
+    """Workers that prepare images for each of `processes` that train on this machine.
+
+    None where starting them costs more than they save, else one per core, up to 8.
+    """
+    return 0 if num_images < 5_000 else min(8, max(1, available_cores() // processes))
 
 
 def train_loader(
@@ -345,21 +416,29 @@ def train_loader(
         batch_sampler=order,
         collate_fn=_collate,
         num_workers=workers,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_signals_to_parent,
         persistent_workers=workers > 0,
         pin_memory=pin,
+        timeout=WORKER_TIMEOUT if workers else 0,
     )
 
 
-def eval_loader(source: Source, preset: Preset, *, batch_size: int, workers: int) -> DataLoader[Any]:
-    """Batches of (uint8 images, labels), each image once and in order, to be read through `batches`."""
+def eval_loader(
+    source: Source, preset: Preset, *, batch_size: int, workers: int, rank: int = 0, size: int = 1
+) -> DataLoader[Any]:
+    """Batches of (uint8 images, labels), each image once and in order, to be read through `batches`.
+
+    Of the batches, which are the same for any number of ranks, rank r takes the r-th and every `size`-th after it.
+    """
+    starts = range(0, len(source), batch_size)[rank::size]
     return DataLoader(
         EvalSet(source, preset),
-        batch_size,
+        batch_sampler=[list(range(start, min(start + batch_size, len(source)))) for start in starts],
         collate_fn=_collate,
         num_workers=workers,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_signals_to_parent,
         persistent_workers=workers > 0,
+        timeout=WORKER_TIMEOUT if workers else 0,
     )
 
 
@@ -372,20 +451,23 @@ def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader" not in str(error):
                 raise
+            for worker in active_children():
+                worker.kill()  # one that stands still would be waited for
             reason = str(error).splitlines()[0]
             raise WorkerError(
-                f"a process that prepares images died: {reason}", "see its memory; --workers 0"
+                f"a process that prepares images died or stands still: {reason}", "see its memory; --workers 0"
             ) from error
         if isinstance(batch, InputError):
             raise batch
         yield batch
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_parent(worker: int) -> None:
+    """Signals may reach every process of a terminal, a job or a group; the main one ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(items: list[Any]) -> Any:

@@ -1,14 +1,13 @@
 """The device that a model runs on, and what is set up once for it."""
 
 import ctypes
+import os
 import sys
 from contextlib import AbstractContextManager
 
 import torch
 
 from lsag.errors import UnavailableError
-
-DEVICES = ("auto", "cuda", "mps", "cpu")
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -27,9 +26,27 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def autocast(device: torch.device) -> AbstractContextManager[None]:
-    """bf16 on CUDA, where it is fast and needs no loss scaling; full precision elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
+    """What `precision` ("auto", "bf16", "fp16" or "fp32") means on a device.
+
+    `auto` is bf16 on CUDA, or fp16 on GPUs that have no bf16; elsewhere fp32.
+    """
+    if precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager[None]:
+    """Matrix products in `dtype` (None: what `autocast_dtype` says); with fp32 it does nothing."""
+    dtype = autocast_dtype(device) if dtype is None else dtype
+    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
 
 
 def _keep_freed_memory() -> None:

@@ -37,15 +37,25 @@ class CheckError(LsagError, RuntimeError):
 
 
 class WorkerError(LsagError, RuntimeError):
-    """A process that prepares images died."""
+    """A process that trains or prepares images died."""
 
     exit_code = 7
+
+
+class PeerLostError(WorkerError):
+    """Another process of the same training went away; what happened there is the cause, and this a consequence."""
 
 
 class InterruptedByUserError(LsagError):
     """Ctrl-C."""
 
     exit_code = 130
+
+
+class TerminatedError(LsagError):
+    """SIGTERM or SIGHUP."""
+
+    exit_code = 143
 
 
 class OutputError(LsagError, RuntimeError):

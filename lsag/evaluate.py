@@ -15,7 +15,9 @@ from lsag.checkpoint import Checkpoint, load_checkpoint
 from lsag.config import Preset
 from lsag.data import Normalize, batches, check_classes, choose_workers, eval_loader, open_split
 from lsag.device import autocast, choose_device
+from lsag.distributed import ALONE, World
 from lsag.errors import InputError
+from lsag.failpoints import failpoint
 from lsag.runtime import OnnxModel
 
 TOP_K = 5
@@ -55,37 +57,46 @@ def evaluate(
     classify: Callable[[Tensor], Tensor],
     loader: DataLoader[Any],
     *,
+    count: int,
+    batch_size: int,
     num_classes: int,
+    world: World = ALONE,
     on_batch: Callable[[int], object] | None = None,
 ) -> Metrics:
-    """Run `classify`, uint8 images (B, C, height, width) -> logits (B, num_classes), over every image of `loader`.
+    """Run `classify`, uint8 images (B, C, height, width) -> logits (B, num_classes), over all `count` images.
 
+    `loader` gives this rank's batches of `batch_size`, as `eval_loader` cuts them; every rank gets the metrics of all.
     Loss is the mean cross-entropy in nats, top-1 and top-5 shares in 0..1 (top-5 of fewer than five classes is 1).
-    `on_batch` hears the number of images in each batch.
+    `on_batch` hears the number of images in each batch, equally often on every rank.
     """
-    loss = torch.zeros((), dtype=torch.float64)
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64)
-    top5, all_labels, predictions = 0, [], []
-    for images, labels in batches(loader):
-        logits = classify(images).float().cpu()
-        loss += F.cross_entropy(logits, labels, reduction="sum").double()
-        ranked = logits.topk(min(TOP_K, num_classes)).indices
-        top5 += int((ranked == labels[:, None]).any(dim=1).sum())
-        confusion += torch.bincount(labels * num_classes + ranked[:, 0], minlength=num_classes * num_classes)
-        all_labels.append(labels)
-        predictions.append(ranked[:, 0])
+    # Label, prediction and rank of the label of each image, and the loss of each batch. Other ranks' places stay zero,
+    # so that the sum over the ranks is exact, and the same for any number of them.
+    num_batches = math.ceil(count / batch_size)
+    labels, predictions, in_top5 = torch.zeros(3, count, dtype=torch.int64)
+    losses = torch.zeros(num_batches, dtype=torch.float64)
+    loading = batches(loader)
+    for index in range(world.rank, math.ceil(num_batches / world.size) * world.size, world.size):
+        if index < num_batches:
+            failpoint("in_eval")
+            images, truth = next(loading)
+            logits = classify(images).float().cpu()
+            losses[index] = F.cross_entropy(logits, truth, reduction="sum")
+            ranked = logits.topk(min(TOP_K, num_classes)).indices
+            here = slice(index * batch_size, index * batch_size + len(truth))
+            labels[here], predictions[here] = truth, ranked[:, 0]
+            in_top5[here] = (ranked == truth[:, None]).any(dim=1).long()
         if on_batch:
-            on_batch(len(labels))
-    table = confusion.view(num_classes, num_classes)
-    count = int(table.sum())
+            on_batch(len(truth) if index < num_batches else 0)
+    labels, predictions, in_top5 = world.total_tensor(torch.stack([labels, predictions, in_top5]))
+    confusion = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
     return Metrics(
         count=count,
-        loss=loss.item() / count,
-        top1=table.diag().sum().item() / count,
-        top5=top5 / count,
-        confusion=table,
-        labels=torch.cat(all_labels),
-        predictions=torch.cat(predictions),
+        loss=world.total_tensor(losses).sum().item() / count,
+        top1=(labels == predictions).sum().item() / count,
+        top5=in_top5.sum().item() / count,
+        confusion=confusion.view(num_classes, num_classes),
+        labels=labels,
+        predictions=predictions,
     )
 
 
@@ -121,7 +132,9 @@ def evaluate_file(
     if workers is None:
         workers = choose_workers(len(source))
     loader = eval_loader(source, preset, batch_size=batch_size, workers=workers)
-    metrics = evaluate(classify, loader, num_classes=len(classes), on_batch=on_batch)
+    metrics = evaluate(
+        classify, loader, count=len(source), batch_size=batch_size, num_classes=len(classes), on_batch=on_batch
+    )
     if not math.isfinite(metrics.loss):
         raise InputError(f"{path} gives outputs that are not finite", "train or export it again")
     names = [source.name(index) for index in range(len(source))]

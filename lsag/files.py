@@ -1,5 +1,6 @@
 """Writing files: whole or not at all, and with errors that name them."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lsag.errors import LsagError, OutputError
+from lsag.failpoints import failpoint
+
+CHUNK = 2**24
 
 
 @contextmanager
@@ -34,17 +38,40 @@ def replacing(path: Path) -> Iterator[Any]:
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
                 temporary = Path(file.name)
                 yield file
+                failpoint("before_fsync")
                 file.flush()
                 os.fsync(file.fileno())
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
+            failpoint("before_rename")
             temporary.replace(path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            failpoint("after_rename")
+            sync_folder(path.parent)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were given or taken away in `folder` survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_checked(path: Path, data: bytes | memoryview) -> None:
+    """Replace `path` by `data`, read back and compared before it gets its name. OutputError when that fails."""
+    view, half = memoryview(data), len(data) // 2
+    with replacing(path) as file:
+        file.write(view[:half])
+        failpoint("mid_write")
+        file.write(view[half:])
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        same = all(file.read(CHUNK) == view[start : start + CHUNK] for start in range(0, len(view), CHUNK))
+        if not same or file.read(1):
+            raise OSError(errno.EIO, "what was written reads back differently")

@@ -7,6 +7,7 @@ K key/value heads (K = H for plain multi-head attention, K = 1 for multi-query),
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from lsag.config import ModelConfig, StageConfig
@@ -150,6 +151,7 @@ class Stage(nn.Module):
             self.down = Downsample(config.stages[index - 1].embed_dim, stage.embed_dim, config.grid_sizes[index - 1])
             self.pos = nn.Parameter(torch.zeros(config.grid_sizes[index] ** 2, stage.embed_dim))
         self.is_first = index == 0
+        self.recompute_local = False
         self.norm1 = nn.LayerNorm(stage.embed_dim, eps=NORM_EPS)
         self.norm2 = nn.LayerNorm(stage.embed_dim, eps=NORM_EPS)
         self.blocks = nn.ModuleList(
@@ -160,8 +162,11 @@ class Stage(nn.Module):
         """(B, N, D) of the stage before, or (B, N, T, D) for the first -> (B, N', D')."""
         if not self.is_first:
             x = self.down(x) + self.pos
-        for block in self.blocks:
-            x = block(x, self.norm1, self.norm2)
+        for index, block in enumerate(self.blocks):
+            if self.recompute_local and self.is_first and index == 0 and torch.is_grad_enabled():
+                x = checkpoint(block, x, self.norm1, self.norm2, use_reentrant=False)
+            else:
+                x = block(x, self.norm1, self.norm2)
         return x
 
 
@@ -202,6 +207,13 @@ class LSAG(nn.Module):
         """(B, N, D) -> (B, num_classes) logits, or the pooled (B, D) features if `pre_logits`."""
         x = x.mean(dim=1)
         return x if pre_logits else self.head(x)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the local block a second time in the backward, instead of keeping its activations.
+
+        They hold T variants of every patch, and are the largest of all. The gradients are the same.
+        """
+        self.stages[0].recompute_local = enable  # type: ignore[assignment]
 
     def get_classifier(self) -> nn.Module:
         """The linear layer that gives the logits, or Identity when it was removed."""

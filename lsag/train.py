@@ -1,23 +1,32 @@
 """Training: one loop, read from top to bottom. It is a generator; what it yields is for whoever shows progress."""
 
-import json
+import contextlib
+import logging
 import math
-import os
+import resource
+import signal
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lsag.checkpoint import Checkpoint, save_checkpoint
-from lsag.config import Preset
+from lsag.checkpoint import Checkpoint, initialise_from, load_checkpoint, save_checkpoint
+from lsag.config import Preset, changed_keys
 from lsag.data import (
     EpochBatches,
+    FolderSource,
     Source,
     batches,
     check_classes,
@@ -27,21 +36,31 @@ from lsag.data import (
     random_key,
     train_loader,
 )
-from lsag.device import autocast, choose_device
-from lsag.errors import CheckError, OutputError, UsageError
+from lsag.device import autocast, autocast_dtype
+from lsag.distributed import joined, lost_peers
+from lsag.errors import CheckError, InputError, LsagError, OutputError, UsageError, WorkerError
 from lsag.evaluate import classifier, evaluate
-from lsag.files import replacing, writing
+from lsag.failpoints import failpoint
+from lsag.files import replacing
 from lsag.model import LSAG
 from lsag.optim import lr_at, make_optimizer
 from lsag.plots import draw_curves
+from lsag.run_folder import BEST, CURVES, KEEP, PRESET, RunFolder, check_run_folder, step_files
+from lsag.signals import Signals, StopRequestedError, stopped
 
 REPORT_SECONDS = 0.5
-"""How often a Step is reported, and the loss looked at: not at every step, as that waits for the device."""
+"""How often a Step is reported."""
+CURVES_SECONDS = 30
+"""How often at most the curves are drawn, after an epoch."""
+MAX_SKIPPED = 10
+"""Steps in a row whose loss or gradient may be not finite; they are skipped."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Started:
-    """The run is set up: everything that could be refused has been accepted."""
+    """The run is set up: everything that could be refused has been accepted. `notes` are for a person to read."""
 
     preset: Preset
     out: Path
@@ -50,22 +69,28 @@ class Started:
     train_images: int
     eval_images: int
     steps_per_epoch: int
+    first_step: int
+    ranks: int
+    slice_size: int
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where the training is, and the mean loss and speed since the last report."""
+    """Where the training is, and the mean loss and speed since the last report; peak memory of rank 0 in bytes."""
 
     epoch: int
     step: int
     loss: float
     lr: float
     images_per_second: float
+    data_wait: float
+    memory: int
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One finished epoch: a line of metrics.jsonl. Accuracies are shares in 0..1, `seconds` since the start."""
+    """One finished epoch: a line of metrics.jsonl. Accuracies are shares in 0..1, `seconds` of training so far."""
 
     epoch: int
     step: int
@@ -77,10 +102,44 @@ class Epoch:
     best_top1: float
     images_per_second: float
     data_wait: float
+    save_share: float
+    skipped_steps: int
     seconds: float
 
 
-Progress = Started | Step | Epoch
+@dataclass(frozen=True)
+class Finished:
+    """The training is complete."""
+
+    out: Path
+    epochs: int
+    best_top1: float
+    best_epoch: int
+    last_top1: float
+    seconds: float
+
+
+Progress = Started | Step | Epoch | Finished
+
+
+@dataclass
+class Position:
+    """How far a training is: with the weights and the optimizer's state, all that its continuation depends on."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    epoch: int = 0
+    """Epochs done and evaluated."""
+    loss_sum: float = 0.0
+    """Of the steps of the epoch under way that were not skipped."""
+    loss_steps: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_top1: float = -1.0
+    best_epoch: int = 0
+    last_top1: float = 0.0
+    last_eval_loss: float = 0.0
+    seconds: float = 0.0
 
 
 def train(
@@ -91,129 +150,367 @@ def train(
     device: str = "auto",
     workers: int | None = None,
     download: bool = True,
+    resume: bool = False,
+    allow_change: Sequence[str] = (),
+    init_from: str | Path | None = None,
+    reset_head: bool = False,
+    accum: int = 1,
+    precision: str = "auto",
+    compile: bool = False,
+    recompute: bool = False,
+    deterministic: bool = False,
+    save_minutes: float = 5.0,
+    save_retry_minutes: float = 30.0,
 ) -> Iterator[Progress]:
     """Train `preset` on its dataset below `data_dir`, evaluating after each epoch.
 
-    Writes preset.json, metrics.jsonl, last.pt, best.pt and curves.png to `out`, which must be new or empty. The number
-    of `workers` that prepare images is chosen by default, and does not change the result.
+    Writes preset.json, metrics.jsonl, steps.jsonl, curves.png, best.pt and the last three checkpoints to `out`: before
+    the first step, every `save_minutes`, at the end, and when a signal asks for it. A checkpoint that cannot be written
+    is tried again for `save_retry_minutes`. `out` must be new or empty, or with `resume` may hold a run of the same
+    preset (but for the keys in `allow_change`), which is then continued as if it had never stopped.
 
-    Yields Started once, then Steps and Epochs. Raises those of lsag.errors; CheckError for a loss that is not finite.
+    `init_from` is a checkpoint whose weights are the first ones, with `reset_head` all but the classifier's. The batch
+    is cut over the processes of the world that this one is part of (torchrun's variables), and each cuts its part into
+    `accum` slices, one after the other. `precision` is that of `autocast_dtype`; `compile` compiles the model in place,
+    `recompute` saves memory in the local block, `deterministic` allows only operations that give the same bits again.
+    The number of `workers` that prepare images is chosen by default, and does not change the result.
+
+    Yields Started once, then Steps and Epochs, then Finished. Raises those of lsag.errors; CheckError for losses that
+    are not finite; TerminatedError or InterruptedByUserError after a signal, the run being saved.
     """
-    started = time.monotonic()
+    began = time.monotonic()
     data_dir, out = Path(data_dir), Path(out)
-    on = choose_device(device)
-    check_run_folder(out)
+    signals = Signals()
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(joined(device, acknowledged=lambda: signals.acknowledged))
+        on, alone, leads = world.device, world.size == 1, world.rank == 0
+        if deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        out = Path(world.of_rank_0(str(out)))
+        if leads:
+            check_run_folder(out, resume=resume)
 
-    # Data
-    def source(*, train: bool) -> Source:
-        return open_split(
-            preset.data.dataset, data_dir, train=train, in_channels=preset.model.in_channels, download=download
+        # Data
+        def source(*, train: bool) -> Source:
+            found = open_split(
+                preset.data.dataset, data_dir, train=train, in_channels=preset.model.in_channels, download=download
+            )
+            return found.packed() if isinstance(found, FolderSource) else found
+
+        train_source, eval_source = source(train=True), source(train=False)
+        check_classes(
+            train_source.classes, eval_source.classes, what="the training split", where="the evaluation split"
         )
-
-    train_source, eval_source = source(train=True), source(train=False)
-    check_classes(train_source.classes, eval_source.classes, what="the training split", where="the evaluation split")
-    if preset.data.dataset == "folder":
-        preset = preset.with_classes(len(train_source.classes))
-    elif len(train_source.classes) != preset.model.num_classes:
-        found, asked = len(train_source.classes), preset.model.num_classes
-        raise UsageError(
-            f"{preset.data.dataset} has {found} classes, model.num_classes is {asked}",
-            f"--set model.num_classes={found}, or choose the data with --dataset, which sets it",
+        if preset.data.dataset == "folder":
+            preset = preset.with_classes(len(train_source.classes))
+        elif len(train_source.classes) != preset.model.num_classes:
+            found, asked = len(train_source.classes), preset.model.num_classes
+            raise UsageError(
+                f"{preset.data.dataset} has {found} classes, model.num_classes is {asked}",
+                f"--set model.num_classes={found}, or choose the data with --dataset, which sets it",
+            )
+        dataset = f"{train_source.fingerprint()} {eval_source.fingerprint()}"
+        world.check_equal("preset", preset.model_dump_json())
+        world.check_equal("dataset", dataset)
+        if workers is None:
+            workers = choose_workers(len(train_source), processes=world.processes_here)
+        recipe, eval_batch = preset.train, preset.train.batch_size
+        order = EpochBatches(len(train_source), preset, rank=world.rank, size=world.size, accum=accum)
+        loader = train_loader(train_source, preset, order, workers=workers, pin=on.type == "cuda")
+        eval_batches = eval_loader(
+            eval_source, preset, batch_size=eval_batch, workers=workers, rank=world.rank, size=world.size
         )
-    if workers is None:
-        workers = choose_workers(len(train_source))
-    order = EpochBatches(len(train_source), preset)
-    loader = train_loader(train_source, preset, order, workers=workers, pin=on.type == "cuda")
-    eval_batches = eval_loader(eval_source, preset, batch_size=preset.train.batch_size, workers=workers)
-    mix = make_mixup(preset)
-    steps_per_epoch, recipe = len(order), preset.train
+        mix = make_mixup(preset)
+        steps_per_epoch, classes = order.num_steps, tuple(train_source.classes)
 
-    # Model
-    torch.manual_seed(random_key(recipe.seed, "init"))
-    model = LSAG(preset.model).to(on)
-    optimizer = make_optimizer(model, recipe)
-    state = Checkpoint(model, preset, tuple(train_source.classes))
-    classify = classifier(state, on)
+        # Output: the lock, and the checkpoint to go on from
+        folder, checkpoint, notes = None, None, []
+        if leads:
+            folder = RunFolder(out)
+            stack.callback(folder.close)
+            checkpoint = folder.newest()
+        last_step = world.of_rank_0(checkpoint and (checkpoint.training or {}).get("step"))
+        if last_step is not None and not leads:
+            checkpoint = load_checkpoint(out / f"step-{last_step:010d}.pt")
+        if checkpoint is not None:
+            check_same_run(checkpoint, preset, classes, dataset, allow_change=allow_change, where=out)
 
-    # Output
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / "preset.json") as file:
-        file.write(preset.model_dump_json(indent=2).encode() + b"\n")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    yield Started(preset, out, str(on), parameters, len(train_source), len(eval_source), steps_per_epoch)
-
-    step, best, history = 0, -1.0, []
-    for epoch in range(recipe.epochs):
-        order.epoch = epoch
-        model.train()
-        losses, reported_loss = torch.zeros((), device=on), 0.0
-        epoch_start = report_time = waiting = time.monotonic()
-        waited, reported_steps = 0.0, 0
-        for done, (images, labels) in enumerate(batches(loader), start=1):
-            waited += time.monotonic() - waiting
-
-            # One step. Mixup and drop-path draw from generators that depend on (seed, step) alone.
-            torch.manual_seed(random_key(recipe.seed, "net", step))
-            np.random.seed(random_key(recipe.seed, "mix", step) & 0xFFFFFFFF)
-            images, labels = images.to(on, non_blocking=True), labels.to(on, non_blocking=True)
-            targets = labels
-            if mix is not None:
-                images, targets = mix(images, labels)
-            lr = lr_at(step, train=recipe, steps_per_epoch=steps_per_epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            with autocast(on):
-                logits = model(images)
-            smoothing = 0.0 if mix is not None else preset.augment.label_smoothing  # Mixup smooths by itself
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
-            optimizer.step()
+        # Model
+        torch.manual_seed(random_key(recipe.seed, "init"))
+        model = LSAG(preset.model).to(on)
+        if init_from is not None and checkpoint is None:
+            notes += [f"weights from {init_from}", *initialise_from(model, init_from, reset_head=reset_head)]
+        model.set_grad_checkpointing(recompute)
+        optimizer = make_optimizer(model, recipe)
+        dtype = autocast_dtype(on, precision)
+        scaler = torch.amp.GradScaler(on.type, enabled=dtype is torch.float16)
+        ema = None
+        if recipe.ema_decay:
+            ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        evaluated: LSAG = ema.module if ema else model  # type: ignore[assignment]
+        classify = classifier(Checkpoint(evaluated, preset, classes), on)
+        if compile:
+            model.compile()
+        ddp = None
+        if not alone:
+            with lost_peers():
+                ddp = DistributedDataParallel(model, device_ids=[on.index] if on.type == "cuda" else None)
+                # After the first backward DDP cuts its buckets anew, and sums in another order from then on. Only when
+                # that is over before the first step does a continued training sum as the uninterrupted one did.
+                warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # with one channel
+                for _ in range(2):
+                    size = preset.model.image_size
+                    with autocast(on, dtype):
+                        logits = ddp(torch.zeros(order.slice_size, preset.model.in_channels, size, size, device=on))
+                    logits.float().sum().backward()
             optimizer.zero_grad()
-            losses += loss.detach()
-            step += 1
+        net: nn.Module = ddp or model
+        position, history = Position(), []
+        if checkpoint is not None:
+            position = restore(checkpoint, model, optimizer, scaler, ema, where=out)
+            notes.append(f"continues after step {position.step}")
+        if leads and folder:
+            folder.steps.rewind(lambda row: row.get("step", math.inf) <= position.step)
+            history = folder.epochs.rewind(lambda row: row.get("epoch", math.inf) <= position.epoch)
+        before, saving, saved, curves_drawn = position.seconds, 0.0, (-1, -1), -math.inf
+        save_due = time.monotonic() + 60 * save_minutes
 
-            if time.monotonic() - report_time > REPORT_SECONDS or done == steps_per_epoch:
-                total = losses.item()
-                if not math.isfinite(total):
-                    raise diverged(out, epoch, f"at step {done}")
-                now, count = time.monotonic(), done - reported_steps
-                speed = count * recipe.batch_size / (now - report_time)
-                yield Step(epoch + 1, done, (total - reported_loss) / count, lr, speed)
-                report_time, reported_steps, reported_loss = time.monotonic(), done, total
-            waiting = time.monotonic()
-        train_seconds = time.monotonic() - epoch_start
+        def state() -> Checkpoint:
+            metrics = {"top1": position.last_top1, "loss": position.last_eval_loss} if position.epoch else {}
+            training = {
+                **asdict(position),
+                "optimizer": optimizer.state_dict()["state"],
+                "scaler": scaler.state_dict(),
+                "weights": model.state_dict() if ema else None,
+                "ema_updates": int(ema.n_averaged) if ema else 0,
+                "dataset": dataset,
+            }
+            return Checkpoint(evaluated, preset, classes, position.epoch, metrics, training)
 
-        # Evaluate, record, save
-        model.eval()
-        metrics = evaluate(classify, eval_batches, num_classes=preset.model.num_classes)
-        if not math.isfinite(metrics.loss):
-            raise diverged(out, epoch, "in the evaluation after it")
-        improved, best = metrics.top1 > best, max(best, metrics.top1)
-        row = Epoch(
-            epoch=epoch + 1,
-            step=step,
-            lr=lr,
-            train_loss=reported_loss / steps_per_epoch,
-            eval_loss=metrics.loss,
-            top1=metrics.top1,
-            top5=metrics.top5,
-            best_top1=best,
-            images_per_second=steps_per_epoch * recipe.batch_size / train_seconds,
-            data_wait=waited / train_seconds,
-            seconds=time.monotonic() - started,
+        def persist(write: Callable[[], object]) -> None:
+            """Write to the run folder, and when that fails, again for a while: disks are emptied, mounts come back."""
+            nonlocal saving
+            start = time.monotonic()
+            for attempt in range(sys.maxsize):
+                try:
+                    write()
+                    break
+                except OutputError as error:
+                    if attempt and (time.monotonic() - start > 60 * save_retry_minutes or signals.stop):
+                        raise
+                    if not attempt:
+                        logger.warning("%s; trying again for %g minutes", error.what, save_retry_minutes)
+                    time.sleep(1)
+            saving += time.monotonic() - start
+
+        def save() -> None:
+            nonlocal saved, save_due
+            if folder and saved != (position.step, position.epoch):
+                position.seconds = before + time.monotonic() - began
+                persist(lambda: folder.save(state(), position.step))
+                saved = position.step, position.epoch
+            save_due = time.monotonic() + 60 * save_minutes
+
+        def stop(number: float) -> LsagError:
+            """Save, and wait until rank 0 has; the error to raise."""
+            signals.acknowledged = True
+            save()
+            world.total([0])
+            return stopped(
+                int(number), f"step {position.step} is saved in {out}", f"continue with: lsag train --resume {out}"
+            )
+
+        def heed_signals(images: int) -> None:
+            if world.total([signals.stop])[0]:
+                raise StopRequestedError
+
+        stack.enter_context(signals)
+        if folder:
+            with replacing(out / PRESET) as file:
+                file.write(preset.model_dump_json(indent=2).encode() + b"\n")
+            if checkpoint is None:
+                size = folder.save(state(), 0)
+                folder.check_space((KEEP + 1) * size)
+            saved = position.step, position.epoch
+        yield Started(
+            preset=preset,
+            out=out,
+            device=str(on),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            train_images=len(train_source),
+            eval_images=len(eval_source),
+            steps_per_epoch=steps_per_epoch,
+            first_step=position.step,
+            ranks=world.size,
+            slice_size=order.slice_size,
+            notes=tuple(notes),
         )
-        state = replace(state, epoch=epoch + 1, metrics={"top1": metrics.top1, "loss": metrics.loss})
-        save_checkpoint(out / "last.pt", state)
-        if improved:
-            save_checkpoint(out / "best.pt", state)
-        history.append(asdict(row))
-        with writing(out / "metrics.jsonl"), (out / "metrics.jsonl").open("a") as log:
-            log.write(json.dumps(history[-1]) + "\n")
-        yield row
 
-    draw_curves(history, out / "curves.png", title=preset.name)
+        try:
+            for epoch in range(position.epoch, recipe.epochs):
+                failpoint("epoch_begin")
+                order.epoch, order.first_step = epoch, position.step - epoch * steps_per_epoch
+                model.train()
+                epoch_start = report_time = time.monotonic()
+                waited = reported_wait = saving = 0.0
+                reported_steps, reported_loss = order.first_step, position.loss_sum
+                loading = batches(loader)
+                for done in range(order.first_step + 1, steps_per_epoch + 1):
+                    # One step. Mixup and drop-path draw from generators that depend on the seed and on the slice, which
+                    # is the how-manieth of the run: however many ranks there are, a slice is treated alike.
+                    lr = lr_at(position.step, train=recipe, steps_per_epoch=steps_per_epoch)
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                    total = torch.zeros((), device=on)
+                    for index in order.slices:
+                        waiting = time.monotonic()
+                        failpoint("fetch")
+                        with signals.interruptible() if alone and index == 0 else contextlib.nullcontext():
+                            images, labels = next(loading)
+                        waited += time.monotonic() - waiting
+                        slice_number = position.step * world.size * accum + index
+                        torch.manual_seed(random_key(recipe.seed, "net", slice_number))
+                        np.random.seed(random_key(recipe.seed, "mix", slice_number) & 0xFFFFFFFF)
+                        images, labels = images.to(on, non_blocking=True), labels.to(on, non_blocking=True)
+                        targets = labels
+                        if mix is not None:
+                            images, targets = mix(images, labels)
+                        last = index == order.slices[-1]
+                        with ddp.no_sync() if ddp and not last else contextlib.nullcontext(), lost_peers():
+                            with autocast(on, dtype):
+                                logits = net(images)
+                            smoothing = 0.0 if mix is not None else preset.augment.label_smoothing  # Mixup smooths
+                            loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing) / accum
+                            if failpoint("after_forward"):
+                                loss = loss * math.nan
+                            scaler.scale(loss).backward()
+                        failpoint("after_backward")
+                        total += loss.detach()
+                    scaler.unscale_(optimizer)
+                    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
+                    loss_here, grad_norm = torch.stack([total, norm]).tolist()
+                    finite = math.isfinite(loss_here) and math.isfinite(grad_norm)
+                    # What all ranks must agree on, in one exchange.
+                    interrupt, terminate = signals.stop == signal.SIGINT, signals.stop not in (0, signal.SIGINT)
+                    due = signals.save or (leads and time.monotonic() > save_due)
+                    interrupts, terminates, saves, broken, loss_sum = world.total(
+                        [interrupt, terminate, due, not finite, loss_here if finite else 0.0]
+                    )
+                    failpoint("before_opt")
+                    row = {"step": position.step + 1, "epoch": epoch + 1, "loss": None, "lr": lr, "grad_norm": None}
+                    if broken:
+                        position.skipped += 1
+                        position.skipped_in_a_row += 1
+                    else:
+                        scaler.step(optimizer)
+                        if ema:
+                            ema.update_parameters(model)
+                        row |= {"loss": loss_sum / world.size, "grad_norm": grad_norm}
+                        position.loss_sum += loss_sum / world.size
+                        position.loss_steps += 1
+                        position.skipped_in_a_row = 0
+                    scaler.update()
+                    optimizer.zero_grad()
+                    position.step += 1
+                    failpoint("after_opt")
+                    if folder:
+                        folder.steps.add(row)
+                    if position.skipped_in_a_row == MAX_SKIPPED:
+                        raise diverged(out, f"in {MAX_SKIPPED} steps in a row, up to step {done} of epoch {epoch + 1}")
+                    if interrupts or terminates:
+                        raise stop(signal.SIGTERM if terminates else signal.SIGINT)
+                    if saves:
+                        if signals.save:
+                            logger.warning("step %d is saved in %s", position.step, out)
+                        save()
+                        signals.save = False
+
+                    now = time.monotonic()
+                    if now - report_time > REPORT_SECONDS or done == steps_per_epoch:
+                        if folder:
+                            with contextlib.suppress(OutputError):  # the next save tries again, and tells
+                                folder.steps.flush()
+                        count, seconds = done - reported_steps, now - report_time
+                        yield Step(
+                            epoch=epoch + 1,
+                            step=done,
+                            loss=(position.loss_sum - reported_loss) / count,
+                            lr=lr,
+                            images_per_second=count * recipe.batch_size / seconds,
+                            data_wait=(waited - reported_wait) / seconds,
+                            memory=peak_memory(on),
+                        )
+                        report_time, reported_steps, reported_wait = now, done, waited
+                        reported_loss = position.loss_sum
+                train_seconds = max(time.monotonic() - epoch_start, 1e-9)
+
+                # Evaluate, record, save
+                model.eval()
+                metrics = evaluate(
+                    classify,
+                    eval_batches,
+                    count=len(eval_source),
+                    batch_size=eval_batch,
+                    num_classes=preset.model.num_classes,
+                    world=world,
+                    on_batch=heed_signals,
+                )
+                if not math.isfinite(metrics.loss):
+                    raise diverged(out, f"in the evaluation after epoch {epoch + 1}")
+                improved = metrics.top1 > position.best_top1
+                if improved:
+                    position.best_top1, position.best_epoch = metrics.top1, epoch + 1
+                position.last_top1, position.last_eval_loss = metrics.top1, metrics.loss
+                train_loss = position.loss_sum / max(position.loss_steps, 1)
+                position.epoch, position.loss_sum, position.loss_steps = epoch + 1, 0.0, 0
+                summary = Epoch(
+                    epoch=epoch + 1,
+                    step=position.step,
+                    lr=lr_at(position.step - 1, train=recipe, steps_per_epoch=steps_per_epoch),
+                    train_loss=train_loss,
+                    eval_loss=metrics.loss,
+                    top1=metrics.top1,
+                    top5=metrics.top5,
+                    best_top1=position.best_top1,
+                    images_per_second=(steps_per_epoch - order.first_step) * recipe.batch_size / train_seconds,
+                    data_wait=waited / train_seconds,
+                    save_share=saving / train_seconds,
+                    skipped_steps=position.skipped,
+                    seconds=before + time.monotonic() - began,
+                )
+                failpoint("epoch_end")
+                history.append(asdict(summary))
+                if folder:
+                    folder.epochs.add(history[-1])
+                    # First the best, then the state that says that it is the best.
+                    if improved:
+                        best = replace(state(), training=None)
+                        persist(partial(save_checkpoint, out / BEST, best))
+                    if epoch + 1 == recipe.epochs or time.monotonic() > save_due:
+                        save()
+                    if epoch + 1 == recipe.epochs or time.monotonic() - curves_drawn > CURVES_SECONDS:
+                        draw(history, out / CURVES, title=preset.name)
+                        curves_drawn = time.monotonic()
+                    with contextlib.suppress(OutputError):
+                        folder.epochs.flush()
+                yield summary
+        except StopRequestedError:
+            raise stop(signals.stop or signal.SIGTERM) from None
+        except (InputError, WorkerError):
+            # A broken image, a dead worker, a lost peer: nothing of the steps done is lost. No other rank is needed.
+            if folder:
+                with contextlib.suppress(OutputError):
+                    folder.save(state(), position.step)
+            raise
+        yield Finished(
+            out=out,
+            epochs=position.epoch,
+            best_top1=position.best_top1,
+            best_epoch=position.best_epoch,
+            last_top1=position.last_top1,
+            seconds=before + time.monotonic() - began,
+        )
 
 
 def make_mixup(preset: Preset) -> Mixup | None:
@@ -231,20 +528,100 @@ def make_mixup(preset: Preset) -> Mixup | None:
     )
 
 
-def check_run_folder(out: Path) -> None:
-    """OutputError if `out` could not be created and written, or has something in it. Creates nothing."""
+def check_same_run(
+    checkpoint: Checkpoint,
+    preset: Preset,
+    classes: tuple[str, ...],
+    dataset: str,
+    *,
+    allow_change: Sequence[str],
+    where: Path,
+) -> None:
+    """UsageError if a run that is to be continued was another one."""
+    different = [key for key in changed_keys(checkpoint.preset, preset) if key not in allow_change]
+    if different:
+        raise UsageError(
+            f"{where} is a run with another {', '.join(different[:5])}",
+            "leave the settings as they were, or "
+            + " ".join(f"--allow-change {key}" for key in different[:5] if not key.startswith("model.")),
+        )
+    training = checkpoint.training or {}
+    if checkpoint.classes != classes or training.get("dataset") != dataset:
+        if "data" in allow_change and len(checkpoint.classes) == len(classes):
+            return
+        raise UsageError(f"{where} is a run on other images", "give its data, or --allow-change data")
+
+
+def restore(
+    checkpoint: Checkpoint,
+    model: LSAG,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ema: AveragedModel | None,
+    *,
+    where: Path,
+) -> Position:
+    """Put everything back as it was when `checkpoint` was saved. InputError if that is not in it."""
     try:
-        if out.exists() and any(out.iterdir()):
-            raise OutputError(f"{out} is not empty", "choose another --out")
-        there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise OutputError(f"cannot write to {there}", "choose another --out")
-    except OSError as error:
-        raise OutputError(f"cannot write to {out}: {error.strerror}", "choose another --out") from error
+        training = checkpoint.training or {}
+        model.load_state_dict(training["weights"] or checkpoint.model.state_dict())
+        if ema:
+            ema.module.load_state_dict(checkpoint.model.state_dict())
+            ema.n_averaged.fill_(training["ema_updates"])
+        groups = optimizer.state_dict()["param_groups"]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, moments in training["optimizer"].items():
+            if any(moments[name].shape != parameters[index].shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError(f"the optimizer's state of weight {index} has another shape")
+        optimizer.load_state_dict({"state": training["optimizer"], "param_groups": groups})
+        if scaler.is_enabled() and training["scaler"]:
+            scaler.load_state_dict(training["scaler"])
+        return Position(**{item.name: training[item.name] for item in fields(Position)})
+    except Exception as error:  # contents of any type may stand where ours are expected
+        raise InputError(
+            f"the newest checkpoint in {where} cannot be continued: {error}", "start another run"
+        ) from error
 
 
-def diverged(out: Path, epochs_done: int, where: str) -> CheckError:
-    """The error for a loss that is not finite, which names the last checkpoint from before it."""
-    good = f"; {out / 'last.pt'} is the state after epoch {epochs_done}" if epochs_done else ""
-    what = f"training diverged: the loss is not finite in epoch {epochs_done + 1}, {where}{good}"
-    return CheckError(what, "lower --set train.lr")
+def measure(preset: Preset, *, device: str = "auto", slice_size: int, steps: int = 3) -> tuple[float, int]:
+    """Seconds that one training step on made-up images takes, a slice at a time, and the peak memory in bytes."""
+    with joined(device) as world:
+        on, size = world.device, preset.model.image_size
+        model = LSAG(preset.model).to(on)
+        optimizer = make_optimizer(model, preset.train)
+        images = torch.randn(slice_size, preset.model.in_channels, size, size, device=on)
+        labels = torch.randint(preset.model.num_classes, (slice_size,), device=on)
+        times = []
+        for _ in range(steps + 1):  # the first warms up
+            start = time.monotonic()
+            with autocast(on):
+                logits = model(images)
+            F.cross_entropy(logits.float(), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            logits.sum().item()  # waits for the device
+            times.append(time.monotonic() - start)
+        return min(times[1:]), peak_memory(on)
+
+
+def draw(history: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """The curves; that they cannot be drawn stops no training."""
+    try:
+        draw_curves(history, path, title=title)
+    except OutputError as error:
+        logger.warning("%s", error.what)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory in bytes that this process has used: on a GPU there, else in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def diverged(out: Path, where: str) -> CheckError:
+    """The error for losses that are not finite, which names the last checkpoint from before them."""
+    good = next(iter(step_files(out)), None)
+    kept = f"; {good} is the last good checkpoint" if good else ""
+    return CheckError(f"training diverged: loss or gradient not finite {where}{kept}", "lower --set train.lr")

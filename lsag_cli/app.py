@@ -8,13 +8,15 @@ import sys
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
 from lsag import __version__
-from lsag.errors import LsagError
+from lsag.errors import LsagError, PeerLostError, TerminatedError
+from lsag.launch import launched, report
 from lsag_cli import output
 from lsag_cli.evaluate import evaluate
 from lsag_cli.export import convert, export
@@ -58,6 +60,7 @@ def root(
 def main() -> None:
     """Run the command line: exit codes as in docs/errors.md, and for an error one line on stderr."""
     open_streams()
+    signal.signal(signal.SIGTERM, terminate)
     code = 0
     try:
         code = run()
@@ -69,6 +72,11 @@ def main() -> None:
     if code in (6, 128 + signal.SIGPIPE):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try to flush it once more
     sys.exit(code)
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a command as Ctrl-C does: what it was writing is cleared away."""
+    raise TerminatedError("stopped by SIGTERM")
 
 
 def open_streams() -> None:
@@ -89,7 +97,7 @@ def run() -> int:
         code = typer.main.get_command(app).main(prog_name="lsag", standalone_mode=False) or 0
         return fail("interrupted", "", code) if code == 128 + signal.SIGINT else code  # typer takes Ctrl-C for itself
     except LsagError as error:
-        return fail(error.what, error.fix, error.exit_code)
+        return fail(error.what, error.fix, error.exit_code, consequence=isinstance(error, PeerLostError))
     except TyperException as error:
         return fail(error.format_message().rstrip("."), "see --help", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -123,9 +131,15 @@ def bug(error: Exception) -> int:
     return fail(what, f"please report it with {path}", 70)
 
 
-def fail(what: str, fix: str, code: int) -> int:
-    """Say in one line what went wrong and what to do; in the JSON object too where one was asked for."""
+def fail(what: str, fix: str, code: int, *, consequence: bool = False) -> int:
+    """Say in one line what went wrong and what to do; in the JSON object too where one was asked for.
+
+    A rank of a training tells its launcher instead, which speaks for all of them, and ends well when it was stopped.
+    """
     what, fix = " ".join(what.split()), " ".join(fix.split())
+    if launched():
+        report(what, fix, code, consequence=consequence)
+        return 0 if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else code
     room = MAX_ERROR - len(fix)
     line = (what if len(what) <= room else what[: room - 3] + "...") + (f" — {fix}" if fix else "")
     with contextlib.suppress(OSError):

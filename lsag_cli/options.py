@@ -1,7 +1,11 @@
 """Options that several commands share."""
 
+import contextlib
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -41,6 +45,25 @@ Workers = Annotated[
 ]
 NoDownload = Annotated[bool, typer.Option("--no-download", help="Never fetch a dataset.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """While this lasts, SIGINT and SIGTERM end the process with a line and no more: for imports, which take seconds.
+
+    An exception that is raised in the middle of them may end up anywhere.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"lsag: error: stopped by {signal.Signals(number).name} before it began\n".encode())
+        os._exit(128 + number)
+
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def data_dir_or_default(data_dir: Path | None) -> Path:

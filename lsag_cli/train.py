@@ -1,28 +1,32 @@
 """lsag train"""
 
 import json
+import logging
+import os
 import shlex
 import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lsag.config import Preset
-from lsag.errors import InterruptedByUserError, UnavailableError, UsageError
+from lsag.errors import InputError, InterruptedByUserError, UnavailableError, UsageError
+from lsag.launch import launch, launched
 from lsag_cli.options import (
     DataDir,
     Dataset,
     Device,
     Json,
     NoDownload,
+    OptionalPreset,
     Overrides,
-    PresetName,
     Workers,
     data_dir_or_default,
+    leaving_at_once,
     read_preset,
 )
 from lsag_cli.output import giga, is_terminal, mega, note, percent, print_json, say, stderr
@@ -30,33 +34,136 @@ from lsag_cli.output import giga, is_terminal, mega, note, percent, print_json, 
 if TYPE_CHECKING:
     from lsag.train import Epoch, Started, Step
 
+DEFAULT_PRESET = "digits-nano"
+LINE_SECONDS = 60
+"""Where stderr is no terminal, a line of progress appears at least so often."""
+RUNS, MACHINES, SAVING, SPEED = "Runs", "Many devices", "Saving", "Speed and memory"
+
 
 def train(
-    preset: PresetName = "digits-nano",
+    run_folder: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="With --resume: the run to go on with.")
+    ] = None,
+    preset: OptionalPreset = None,
     dataset: Dataset = None,
     data_dir: DataDir = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Train for so many epochs.")] = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/PRESET-TIME")] = None,
     device: Device = "auto",
-    gpus: Annotated[int | None, typer.Option(min=0, help="0 or 1 for now.")] = None,
     workers: Workers = None,
     no_download: NoDownload = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and touch nothing.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="With --dry-run: measure a few steps on made-up images.")
+    ] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write RUN/tensorboard too.")] = False,
     as_json: Json = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with RUN, with the run in --out (or start it), or with the newest in ./runs.",
+            rich_help_panel=RUNS,
+        ),
+    ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="With --resume: a setting that may differ; 'data' for other images.",
+            rich_help_panel=RUNS,
+        ),
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Fine-tune: begin with a checkpoint's weights.", rich_help_panel=RUNS)
+    ] = None,
+    reset_head: Annotated[
+        bool, typer.Option("--reset-head", help="With --init-from: a new classifier.", rich_help_panel=RUNS)
+    ] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(metavar="N|all|0,2", help="GPUs of this machine; 0 for the CPU.", rich_help_panel=MACHINES),
+    ] = None,
+    procs: Annotated[
+        int | None, typer.Option(min=1, help="With --device cpu: so many processes.", rich_help_panel=MACHINES)
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines; run the same on each.", rich_help_panel=MACHINES)] = 1,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where several machines meet.", rich_help_panel=MACHINES)
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Resume by itself so often after a failure.", rich_help_panel=MACHINES)
+    ] = 0,
+    accum: Annotated[
+        int,
+        typer.Option(min=1, help="Slices that a device takes of a batch, one after the other.", rich_help_panel=SPEED),
+    ] = 1,
+    precision: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"],
+        typer.Option(help="auto: bf16 on GPUs, fp16 on those without it, else fp32.", rich_help_panel=SPEED),
+    ] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the model.", rich_help_panel=SPEED)] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Less memory: compute the local block twice.", rich_help_panel=SPEED)
+    ] = False,
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="The same bits again on a GPU, more slowly.", rich_help_panel=SPEED),
+    ] = False,
+    save_minutes: Annotated[float, typer.Option(min=0, help="Time between checkpoints.", rich_help_panel=SAVING)] = 5,
+    save_retry: Annotated[
+        float, typer.Option(min=0, help="Minutes to try again when saving fails.", rich_help_panel=SAVING)
+    ] = 30,
 ) -> None:
     """Train a model. Without arguments: digits-nano, on handwritten digits that need no download, in a minute."""
-    resolved = read_preset(preset, [*(overrides or []), *([f"train.epochs={epochs}"] if epochs else [])], dataset)
-    if dry_run:
-        return show_plan(resolved, as_json)
-    device = device_for(gpus, device)
+    if run_folder and (out or not resume):
+        raise UsageError(f"unexpected argument {run_folder}", "--resume RUN goes on with a run, --out RUN begins one")
+    if allow_change and not resume:
+        raise UsageError("--allow-change is for a run that is resumed", "add --resume")
+    if reset_head and not init_from:
+        raise UsageError("--reset-head is for --init-from", "add --init-from CHECKPOINT")
+    if probe and not dry_run:
+        raise UsageError("--probe is for --dry-run", "add --dry-run")
+    changes = [*(overrides or []), *([f"train.epochs={epochs}"] if epochs else [])]
+    if resume:
+        out = run_folder or out or newest_run()
+        if preset is None:
+            preset = preset_of(out)
+    resolved = read_preset(preset or DEFAULT_PRESET, changes, dataset)
     out = out or Path("runs") / f"{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    device, processes = place(gpus, device, procs)
+    resolved.slice_size(processes * nodes * accum)
+    if dry_run:
+        return show_plan(resolved, as_json, accum=accum, processes=processes * nodes, device=device if probe else None)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        resume = True
 
-    from lsag.train import Epoch, Started, Step
-    from lsag.train import train as run
+    with leaving_at_once():
+        from lsag.distributed import world_in_environment
+        from lsag.train import Epoch, Finished, Started, Step
+        from lsag.train import train as run
+
+    world = world_in_environment()
+    if world is None and (processes > 1 or nodes > 1 or max_restarts):
+        if nodes > 1 and not rdzv_endpoint:
+            raise UsageError(f"{nodes} machines need a place to meet", "--rdzv-endpoint HOST:PORT, one of them")
+        again = [] if resume else ["--out", str(out)]
+        return launch(
+            [sys.executable, "-m", "lsag_cli", *sys.argv[1:], *again],
+            processes=processes,
+            nodes=nodes,
+            endpoint=rdzv_endpoint,
+            max_restarts=max_restarts,
+            fix=f"continue with: lsag train --resume {shlex.quote(str(out))}",
+        )
+    leads = world is None or world[0] == 0
+    logging.basicConfig(level=logging.WARNING if leads else logging.ERROR, handlers=[NoteHandler()])
 
     display: Display | None = None
-    last: Epoch | None = None
+    finished: Finished | None = None
     try:
         for event in run(
             resolved,
@@ -65,21 +172,38 @@ def train(
             device=device,
             workers=workers,
             download=not no_download,
+            resume=resume,
+            allow_change=allow_change or (),
+            init_from=init_from,
+            reset_head=reset_head,
+            accum=accum,
+            precision=precision,
+            compile=compile,
+            recompute=recompute,
+            deterministic=deterministic,
+            save_minutes=save_minutes,
+            save_retry_minutes=save_retry,
         ):
+            if not leads:
+                continue
             if isinstance(event, Started):
-                display = Display(event)
+                out = event.out
+                display = Display(event, tensorboard=tensorboard)
             elif isinstance(event, Step) and display:
                 display.step(event)
             elif isinstance(event, Epoch) and display:
                 display.epoch(event)
-                last = event
+            elif isinstance(event, Finished):
+                finished = event
     except KeyboardInterrupt:
-        kept = f"the last finished epoch is in {out / 'last.pt'}" if (out / "last.pt").exists() else ""
-        raise InterruptedByUserError("interrupted", kept) from None
+        raise InterruptedByUserError(
+            "interrupted twice, at once", f"continue with: lsag train --resume {out}"
+        ) from None
     finally:
         if display:
             display.close()
-    assert last is not None, "a training has at least one epoch"
+    if finished is None:
+        return
 
     checkpoint = out / "best.pt"
     where = ["--data-dir", str(data_dir)] if data_dir else []
@@ -88,35 +212,88 @@ def train(
         shlex.join(["lsag", "export", str(checkpoint), "--onnx"]),
     ]
     if as_json:
-        figures = {"best_top1": last.best_top1, "last_top1": last.top1, "epochs": last.epoch, "seconds": last.seconds}
+        figures = {
+            name: getattr(finished, name) for name in ("best_top1", "best_epoch", "last_top1", "epochs", "seconds")
+        }
         print_json("train", out=str(out), checkpoint=str(checkpoint), **figures, next=next_steps)
         return
-    say(f"best accuracy  {percent(last.best_top1)}  in {duration(last.seconds)}")
-    say(f"everything is in {out}: best.pt, last.pt, curves.png, metrics.jsonl, preset.json")
+    say(f"best accuracy  {percent(finished.best_top1)} (epoch {finished.best_epoch})  in {duration(finished.seconds)}")
+    say(f"everything is in {out}: best.pt, curves.png, metrics.jsonl, and checkpoints to go on from")
     for command in next_steps:
         say(f"next: {command}")
 
 
-def device_for(gpus: int | None, device: str) -> str:
-    """What `--gpus` and `--device` together ask for. UnavailableError or UsageError if it cannot be had."""
+def newest_run() -> Path:
+    """The run folder below ./runs that was started last. InputError if there is none."""
+    found = sorted(Path("runs").glob("*/preset.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError("there is no run in ./runs to go on with", "--resume RUN")
+    return found[-1].parent
+
+
+def preset_of(out: Path) -> str:
+    """The preset file of the run in `out`. InputError if nothing was saved there."""
+    if not any(out.glob("step-*.pt")) or not (out / "preset.json").is_file():
+        there = ", ".join(sorted(entry.name for entry in out.iterdir())[:5]) if out.is_dir() else "no such folder"
+        raise InputError(
+            f"nothing to go on with in {out} ({there or 'empty'})", "to begin a run there, give its --preset"
+        )
+    return str(out / "preset.json")
+
+
+def place(gpus: str | None, device: str, procs: int | None) -> tuple[str, int]:
+    """The device and the number of processes that `--gpus`, `--device` and `--procs` together ask for.
+
+    A list of GPUs becomes the visible ones. UnavailableError or UsageError if it cannot be had.
+    """
+    if procs is not None:
+        if device != "cpu" or gpus not in (None, "0"):
+            raise UsageError("--procs is for the CPU", "add --device cpu, or use --gpus")
+        return device, procs
     if gpus is None:
-        return device
-    if gpus == 0 and device in ("auto", "cpu"):
-        return "cpu"
-    if gpus and device.partition(":")[0] in ("auto", "cuda"):
+        return device, 1
+    kind = device.partition(":")[0]
+    numbers = gpus.rstrip(",").split(",")
+    if gpus != "all" and not all(number.isdecimal() for number in numbers):
+        raise UsageError(f"--gpus {gpus} is no number of GPUs", "for example --gpus 2, --gpus all, or --gpus 0,2")
+    if gpus == "0" and kind in ("auto", "cpu"):
+        return "cpu", 1
+    if kind not in ("auto", "cuda") or gpus == "0" or ":" in device:
+        raise UsageError(f"--gpus {gpus} contradicts --device {device}", "give one of them")
+    if launched():  # the launcher has made the asked ones the visible ones
+        return "cuda", int(os.environ["LOCAL_WORLD_SIZE"])
+    with leaving_at_once():
         import torch
 
-        found = torch.cuda.device_count()
-        if found < gpus:
-            raise UnavailableError(f"asked for {gpus} GPUs, found {found}", f"use --gpus {min(found, 1)}")
-        if gpus > 1:
-            raise UsageError("training on more than one GPU is not supported yet", "use --gpus 1")
-        return "cuda" if device == "auto" else device
-    raise UsageError(f"--gpus {gpus} contradicts --device {device}", "give one of them")
+    found = torch.cuda.device_count()
+    asked = [str(index) for index in range(found)] if gpus == "all" else numbers
+    if gpus != "all" and "," not in gpus:
+        asked = [str(index) for index in range(int(gpus))]
+    if not asked or max(map(int, asked)) >= found:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hint = f" (CUDA_VISIBLE_DEVICES={visible!r})" if visible is not None else ""
+        what = f"asked for GPUs {gpus}" if "," in gpus else f"asked for {gpus} GPUs"
+        raise UnavailableError(
+            f"{what}, found {found}{hint}", f"use --gpus {found}" + (", the CPU" if not found else "")
+        )
+    if len(set(asked)) != len(asked):
+        raise UsageError(f"--gpus {gpus} names a GPU twice", "name each once")
+    if "," in gpus:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen[int(index)] if seen != [""] else index for index in asked)
+    return "cuda", len(asked)
 
 
-def show_plan(preset: Preset, as_json: bool) -> None:
-    """The resolved preset and what training it means."""
+class NoteHandler(logging.Handler):
+    """What the library warns of, as a line on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("lsag"):
+            note(f"lsag: {record.getMessage()}")
+
+
+def show_plan(preset: Preset, as_json: bool, *, accum: int, processes: int, device: str | None) -> None:
+    """The resolved preset and what training it means; with a `device`, time and memory measured there."""
     from lsag.config import DATASETS
     from lsag.flops import count
 
@@ -136,8 +313,18 @@ def show_plan(preset: Preset, as_json: bool) -> None:
         "steps_per_epoch": steps,
         "steps": steps * recipe.epochs if steps is not None else None,
         "batch_size": recipe.batch_size,
+        "processes": processes,
+        "accum": accum,
+        "slice_size": preset.slice_size(processes * accum),
         "peak_lr": recipe.lr * recipe.lr_scale,
     }
+    if device is not None:
+        with leaving_at_once():
+            from lsag.train import measure
+
+        seconds, memory = measure(preset, device=device, slice_size=plan["slice_size"])
+        plan |= {"step_seconds": seconds * accum, "memory_bytes": memory}
+        plan["training_seconds"] = plan["steps"] and plan["steps"] * plan["step_seconds"]
     if as_json:
         print_json("train", dry_run=True, preset=preset.model_dump(mode="json"), **plan)
         return
@@ -147,8 +334,13 @@ def show_plan(preset: Preset, as_json: bool) -> None:
     say(f"parameters       {total.params:,}")
     say(f"MACs per image   {giga(total.macs)}, of which {giga(total.macs_run)} are run")
     say(f"steps            {recipe.epochs} epochs of {steps or 'as many steps as the folder has batches'}")
-    say(f"effective batch  {recipe.batch_size}")
+    say(f"effective batch  {recipe.batch_size} = {processes} devices x {accum} slices x {plan['slice_size']} images")
     say(f"peak lr          {plan['peak_lr']:.3g} ({recipe.lr:g} x {recipe.batch_size} / 512)")
+    if device is not None:
+        say(f"a step           {plan['step_seconds']:.3f} s, measured on one device; without loading and evaluation")
+        say(f"memory           {plan['memory_bytes'] / 2**30:.2f} GiB at its peak")
+        if plan["training_seconds"]:
+            say(f"the training     {duration(plan['training_seconds'])}")
 
 
 def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -164,33 +356,48 @@ def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class Display:
-    """Progress of a training on stderr: a live bar on a terminal, elsewhere a plain line for each epoch."""
+    """Progress of a training on stderr: a live bar on a terminal, elsewhere a plain line for each epoch or minute."""
 
-    def __init__(self, started: "Started") -> None:
+    def __init__(self, started: "Started", *, tensorboard: bool) -> None:
         self.epochs, self.steps = started.preset.train.epochs, started.steps_per_epoch
-        self.begin, self.accuracy = time.monotonic(), "-"
+        self.begin, self.first_step, self.accuracy = time.monotonic(), started.first_step, "-"
+        self.next_line = self.begin + LINE_SECONDS
+        cut = (
+            "" if started.slice_size == started.preset.train.batch_size else f", {started.slice_size} images at a time"
+        )
         note(
-            f"{started.preset.name}: {mega(started.parameters)} parameters on {started.device}, "
+            f"{started.preset.name}: {mega(started.parameters)} parameters on "
+            f"{f'{started.ranks} x ' if started.ranks > 1 else ''}{started.device}{cut}, "
             f"{started.train_images:,} training and {started.eval_images:,} evaluation images, "
             f"{self.epochs} epochs of {self.steps} steps; writing to {started.out}"
         )
+        for line in started.notes:
+            note(line)
+        self.writer = tensorboard_writer(started) if tensorboard else None
         self.bar = None
         if is_terminal(sys.stderr):
             from rich.progress import BarColumn, Progress, TextColumn
 
             text, bar = TextColumn("{task.description}"), BarColumn(bar_width=None)
             self.bar = Progress(text, bar, console=stderr(), transient=True, expand=True)
-            self.task = self.bar.add_task("starting", total=self.epochs * self.steps)
+            self.task = self.bar.add_task("starting", total=self.epochs * self.steps, completed=self.first_step)
             self.bar.start()
 
     def step(self, event: "Step") -> None:
+        done = (event.epoch - 1) * self.steps + event.step
+        text = (
+            f"epoch {event.epoch}/{self.epochs} step {event.step}/{self.steps}  loss {event.loss:.3f}  "
+            f"lr {event.lr:.1e}  top-1 {self.accuracy}  {event.images_per_second:,.0f} img/s  "
+            f"data wait {100 * event.data_wait:.0f} %  {event.memory / 2**30:.1f} GiB  {self.left(done)} left"
+        )
         if self.bar:
-            done = (event.epoch - 1) * self.steps + event.step
-            text = (
-                f"epoch {event.epoch}/{self.epochs} step {event.step}/{self.steps}  loss {event.loss:.3f}  "
-                f"top-1 {self.accuracy}  {event.images_per_second:,.0f} img/s  {self.left(done)} left"
-            )
             self.bar.update(self.task, completed=done, description=text)
+        elif time.monotonic() > self.next_line:
+            note(text)
+            self.next_line = time.monotonic() + LINE_SECONDS
+        if self.writer:
+            for name in ("loss", "lr", "images_per_second", "data_wait"):
+                self.writer.add_scalar(f"train/{name}", getattr(event, name), done)
 
     def epoch(self, event: "Epoch") -> None:
         self.accuracy = percent(event.top1)
@@ -202,15 +409,30 @@ class Display:
             self.bar.console.print(line)
         else:
             note(f"{line}  data wait {100 * event.data_wait:.0f} %  {self.left(event.epoch * self.steps)} left")
+            self.next_line = time.monotonic() + LINE_SECONDS
+        if self.writer:
+            for name in ("train_loss", "eval_loss", "top1", "top5"):
+                self.writer.add_scalar(f"epoch/{name}", getattr(event, name), event.epoch)
 
     def left(self, steps_done: int) -> str:
         """The time that remains, if it goes on as it went so far."""
-        elapsed = time.monotonic() - self.begin
-        return duration(elapsed / steps_done * (self.epochs * self.steps - steps_done))
+        elapsed, done = time.monotonic() - self.begin, max(steps_done - self.first_step, 1)
+        return duration(elapsed / done * (self.epochs * self.steps - steps_done))
 
     def close(self) -> None:
         if self.bar:
             self.bar.stop()
+        if self.writer:
+            self.writer.close()
+
+
+def tensorboard_writer(started: "Started") -> Any:
+    """A SummaryWriter for the run. UnavailableError without the tensorboard package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UnavailableError("the package tensorboard is not installed", "pip install tensorboard") from error
+    return SummaryWriter(started.out / "tensorboard", purge_step=started.first_step or None)
 
 
 def duration(seconds: float) -> str:

@@ -36,7 +36,7 @@ def test_a_checkpoint_comes_back_whole(saved, tiny_preset):
 
 def test_checkpoints_are_plain_data_with_clean_names(saved):
     contents = torch.load(saved[0], weights_only=True)
-    assert set(contents) == {"format", "kind", "preset", "classes", "epoch", "metrics", "model"}
+    assert set(contents) == {"format", "kind", "preset", "classes", "epoch", "metrics", "model", "training"}
     assert not [key for key in contents["model"] if key.startswith(("module.", "_orig_mod."))]
 
 

@@ -4,6 +4,8 @@ import torch.nn.functional as F
 
 from lsag.evaluate import evaluate
 
+SIZES = {"count": 23, "batch_size": 5, "num_classes": 7}
+
 
 def test_metrics_are_those_of_the_definition():
     generator = torch.Generator().manual_seed(0)
@@ -11,7 +13,7 @@ def test_metrics_are_those_of_the_definition():
     images = torch.arange(23).view(23, 1, 1, 1)
     loader = [(images[start : start + 5], labels[start : start + 5]) for start in range(0, 23, 5)]
     seen = []
-    metrics = evaluate(lambda batch: logits[batch.flatten()], loader, num_classes=7, on_batch=seen.append)
+    metrics = evaluate(lambda batch: logits[batch.flatten()], loader, **SIZES, on_batch=seen.append)
     assert metrics.count == 23 and seen == [5, 5, 5, 5, 3]
     assert metrics.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
     order = logits.argsort(dim=1, descending=True)
@@ -26,5 +28,6 @@ def test_metrics_are_those_of_the_definition():
 
 
 def test_top5_of_three_classes_is_everything():
-    metrics = evaluate(lambda batch: torch.eye(3), [(torch.zeros(3, 1), torch.tensor([2, 0, 1]))], num_classes=3)
+    loader = [(torch.zeros(3, 1), torch.tensor([2, 0, 1]))]
+    metrics = evaluate(lambda batch: torch.eye(3), loader, count=3, batch_size=3, num_classes=3)
     assert (metrics.top1, metrics.top5) == (0.0, 1.0)

@@ -18,6 +18,10 @@ def run(preset, out, **options):
     return list(train(preset, data_dir=out.parent, out=out, device="cpu", **options))
 
 
+def newest(out):
+    return max(out.glob("step-*.pt"))
+
+
 @pytest.fixture
 def two_epochs(tiny_preset):
     return tiny_preset.model_copy(update={"train": tiny_preset.train.model_copy(update={"epochs": 2})})
@@ -29,11 +33,14 @@ def test_a_run_leaves_what_it_promises(tmp_path, two_epochs):
     epochs = [event for event in events if isinstance(event, Epoch)]
     assert any(isinstance(event, Step) for event in events)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".lock",
         "best.pt",
         "curves.png",
-        "last.pt",
         "metrics.jsonl",
         "preset.json",
+        "step-0000000000.pt",
+        "step-0000000044.pt",
+        "steps.jsonl",
     ]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2] == [event.epoch for event in epochs]
@@ -42,10 +49,13 @@ def test_a_run_leaves_what_it_promises(tmp_path, two_epochs):
     assert load_preset(tmp_path / "run/preset.json") == two_epochs
     with Image.open(tmp_path / "run/curves.png") as image:
         assert image.size == (1200, 480) and len(np.unique(np.asarray(image))) > 10
-    last = load_checkpoint(tmp_path / "run/last.pt")
+    steps = [json.loads(line) for line in (tmp_path / "run/steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps] == list(range(1, 45))
+    assert rows[1]["train_loss"] == pytest.approx(np.mean([row["loss"] for row in steps[22:]]))
+    last = load_checkpoint(newest(tmp_path / "run"))
     assert last.epoch == 2 and last.metrics["top1"] == rows[1]["top1"]
     # The checkpoint alone gives back the figures of the run.
-    again = evaluate_file(tmp_path / "run/last.pt", data_dir=tmp_path, device="cpu")
+    again = evaluate_file(newest(tmp_path / "run"), data_dir=tmp_path, device="cpu")
     assert again.metrics.top1 == rows[1]["top1"] and again.metrics.loss == pytest.approx(rows[1]["eval_loss"], rel=1e-5)
 
 
@@ -63,7 +73,7 @@ def test_the_best_epoch_is_kept(tmp_path, two_epochs, monkeypatch):
     epochs = [event for event in run(two_epochs, tmp_path / "run") if isinstance(event, Epoch)]
     assert [event.best_top1 for event in epochs] == [0.9, 0.9]
     assert load_checkpoint(tmp_path / "run/best.pt").epoch == 1
-    assert load_checkpoint(tmp_path / "run/last.pt").epoch == 2
+    assert load_checkpoint(newest(tmp_path / "run")).epoch == 2
 
 
 def test_equal_seeds_give_equal_weights(tmp_path, tiny_preset):
@@ -71,7 +81,7 @@ def test_equal_seeds_give_equal_weights(tmp_path, tiny_preset):
     for name, options in {"a": {}, "b": {"workers": 2}}.items():
         run(preset, tmp_path / name, **options)
     run(load_preset(_write(tmp_path, preset), {"train.seed": 1}), tmp_path / "c")
-    a, b, c = (load_checkpoint(tmp_path / name / "last.pt").model.state_dict() for name in "abc")
+    a, b, c = (load_checkpoint(newest(tmp_path / name)).model.state_dict() for name in "abc")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert any(not torch.equal(a[key], c[key]) for key in a)
 
@@ -149,9 +159,9 @@ def test_weights_that_break_in_the_last_step_are_not_saved(tmp_path, two_epochs,
         return replace(real(*args, **kwargs), loss=float("nan") if len(calls) == 2 else 1.0)
 
     monkeypatch.setattr(module, "evaluate", broken_second_time)
-    with pytest.raises(CheckError, match=r"epoch 2, in the evaluation.*last.pt is the state after epoch 1"):
-        run(two_epochs, tmp_path / "run")
-    assert load_checkpoint(tmp_path / "run/last.pt").epoch == 1
+    with pytest.raises(CheckError, match=r"evaluation after epoch 2.*step-0000000044.pt is the last good checkpoint"):
+        run(two_epochs, tmp_path / "run", save_minutes=0)
+    assert load_checkpoint(newest(tmp_path / "run")).epoch == 1
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
 
 

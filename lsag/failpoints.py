@@ -1,0 +1,40 @@
+"""Places where a test can make a training fail: `LSAG_FAILPOINT=name:count:kind[@rank]`, comma-separated.
+
+The `count`-th time that `name` is reached, the process is killed (kind `kill`), gets a signal (`term`, `int`), an error
+of the disk (`enospc`, `eio`), stands still (`hang`), or goes on with a value that is not a number (`nan`). Without the
+variable a failpoint does nothing. Where they are and what they prove: docs/reliability.md.
+"""
+
+import errno
+import os
+import signal
+import time
+from collections import Counter
+
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
+ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO}
+
+_armed = [point for point in os.environ.get("LSAG_FAILPOINT", "").split(",") if point]
+_reached: Counter[str] = Counter()
+
+
+def failpoint(name: str) -> bool:
+    """Fail here if a test asked for it; whether it asked for a value that is not a number."""
+    if not _armed:
+        return False
+    _reached[name] += 1
+    for point in _armed:
+        wanted, count, kind = point.split(":")
+        kind, _, rank = kind.partition("@")
+        # "3" is the third time only, "3+" the third and all later ones.
+        hit = _reached[name] >= int(count[:-1]) if count.endswith("+") else _reached[name] == int(count)
+        if wanted != name or not hit or (rank and rank != os.environ.get("RANK", "0")):
+            continue
+        if kind in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[kind])
+        elif kind in ERRORS:
+            raise OSError(ERRORS[kind], os.strerror(ERRORS[kind]))
+        elif kind == "hang":
+            time.sleep(3600)
+        return kind == "nan"
+    return False

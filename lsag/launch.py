@@ -1,0 +1,208 @@
+"""Starting the processes of a training on this machine, with torch.distributed's elastic agent.
+
+The agent runs the same command once for each process, with the variables that torchrun sets. Each process leaves in a
+private folder that it is alive and, when it fails, why; so that one line can name the first cause.
+"""
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lsag.errors import LsagError, UnavailableError, WorkerError
+
+LAUNCH_FOLDER, LAUNCHER = "LSAG_LAUNCH_FOLDER", "LSAG_LAUNCHER"
+SILENT_SECONDS = 60
+"""After so long without a sign of life a process counts as dead, and is killed."""
+GRACE_SECONDS = 12
+
+
+def launch(
+    command: Sequence[str],
+    *,
+    processes: int,
+    nodes: int = 1,
+    endpoint: str | None = None,
+    max_restarts: int = 0,
+    fix: str = "",
+) -> None:
+    """Run `command` as `processes` ranks here, together with those of `nodes` - 1 other machines; wait for their end.
+
+    Several machines meet at `endpoint`, HOST:PORT on one of them. After a failure, all ranks are started again up to
+    `max_restarts` times. Raises what the first of the ranks to fail raised, or WorkerError for one that was killed;
+    `fix` is what to do then. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from lsag.device import available_cores
+
+    for name in ("torch.distributed", "torch.distributed.elastic", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    folder = Path(tempfile.mkdtemp(prefix="lsag-launch-"))
+    os.environ |= {LAUNCH_FOLDER: str(folder), LAUNCHER: str(os.getpid())}
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
+    if nodes == 1:
+        # Nothing listens beyond this machine: the agent and its ranks meet in files, gloo and NCCL on the loopback.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        if sys.platform == "linux":
+            os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        meeting: dict[str, Any] = {"rdzv_endpoint": str(folder / "agents"), "rdzv_configs": {"store_type": "file"}}
+    else:
+        meeting = {"rdzv_endpoint": endpoint}
+    config = LaunchConfig(
+        min_nodes=nodes,
+        max_nodes=nodes,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        run_id="lsag",
+        max_restarts=max_restarts,
+        monitor_interval=0.1,
+        shutdown_timeout=30,
+        **meeting,
+    )
+    over = threading.Event()
+    threading.Thread(target=_kill_silent, args=(folder, over), daemon=True).start()
+    signal.signal(signal.SIGUSR1, lambda *_: _signal_ranks(folder, signal.SIGUSR1))
+    stopped_by, failures = 0, {}
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except SignalException as error:
+        stopped_by = error.sigval
+    except ChildFailedError as error:
+        failures = error.failures
+    except Exception as error:
+        raise UnavailableError(f"the processes could not be started: {str(error).splitlines()[0]}", fix) from error
+    finally:
+        over.set()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        _wait_for_ranks(folder)
+        reports = _reports(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    causes = [report for report in reports if not report["consequence"]]
+    if causes:
+        first = min(causes, key=lambda report: report["time"])
+        raise _with_code(first["what"], first["fix"], first["code"])
+    if stopped_by:
+        raise _with_code("stopped before the training began", fix, 128 + stopped_by)
+    killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
+    if killed:
+        # The agent ends the others with SIGTERM; what came before that is the cause.
+        own = {rank: failure for rank, failure in killed.items() if failure.exitcode != -signal.SIGTERM}
+        rank, failure = next(iter((own or killed).items()))
+        name = signal.Signals(-failure.exitcode).name
+        hint = ", likely for want of memory" if name == "SIGKILL" else ""
+        raise WorkerError(f"rank {rank} (process {failure.pid}) was killed by {name}{hint}", fix)
+    if failures:
+        rank, failure = next(iter(failures.items()))
+        raise WorkerError(f"rank {rank} ended with exit code {failure.exitcode} and without a word", fix)
+
+
+def _with_code(what: str, fix: str, code: int) -> LsagError:
+    error = LsagError(what, fix)
+    error.exit_code = code
+    return error
+
+
+def launched() -> bool:
+    """Whether this process is a rank that `launch` started, which reports its errors to the launcher."""
+    return os.environ.get(LAUNCHER, str(os.getpid())) != str(os.getpid())
+
+
+def report(what: str, fix: str, code: int, *, consequence: bool) -> None:
+    """Tell the launcher why this rank fails; `consequence` marks what another rank's failure brought about."""
+    entry = {"what": what, "fix": fix, "code": code, "consequence": consequence, "time": time.time()}
+    with contextlib.suppress(OSError):
+        _file("report").write_text(json.dumps(entry))
+
+
+@contextlib.contextmanager
+def keep_alive() -> Iterator[None]:
+    """Give the launcher, if there is one, signs of life; and end when it ends."""
+    if not launched():
+        yield
+        return
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != int(os.environ[LAUNCHER]):
+        raise WorkerError("the launcher is gone", "start it again with --resume")
+    alive, over = _file("alive"), threading.Event()
+    alive.write_text(str(os.getpid()))
+
+    def beat() -> None:
+        while not over.wait(1):
+            with contextlib.suppress(OSError):
+                alive.touch()
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        alive.unlink(missing_ok=True)
+
+
+def _file(kind: str) -> Path:
+    rank, attempt = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Path(os.environ[LAUNCH_FOLDER], f"{kind}-{attempt}-{rank}")
+
+
+def _ranks(folder: Path) -> dict[Path, int]:
+    """Process numbers of the ranks that gave a sign of life and still run, by their file."""
+    found = {}
+    for path in folder.glob("alive-*"):
+        with contextlib.suppress(OSError, ValueError):
+            process = int(path.read_text())
+            # ChildProcessError for a number that is no child of this process, and may belong to anyone by now.
+            if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                found[path] = process
+    return found
+
+
+def _signal_ranks(folder: Path, number: int) -> None:
+    for process in _ranks(folder).values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def _kill_silent(folder: Path, over: threading.Event) -> None:
+    """Kill ranks that stopped giving signs of life. Counts its own ticks: a machine that slept has no silent ranks."""
+    silent: dict[Path, tuple[float, int]] = {}
+    while not over.wait(1):
+        for path, process in _ranks(folder).items():
+            with contextlib.suppress(OSError):
+                beat, ticks = path.stat().st_mtime, silent.get(path, (0.0, 0))
+                silent[path] = (beat, ticks[1] + 1 if ticks[0] == beat else 0)
+                if silent[path][1] == SILENT_SECONDS:
+                    os.kill(process, signal.SIGKILL)
+
+
+def _wait_for_ranks(folder: Path) -> None:
+    """No rank outlives its launcher: they get GRACE_SECONDS, then SIGKILL."""
+    end = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < end and _ranks(folder):
+        time.sleep(0.1)
+    _signal_ranks(folder, signal.SIGKILL)
+
+
+def _reports(folder: Path) -> list[dict[str, Any]]:
+    """What the ranks of the last attempt reported."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for path in folder.glob("report-*"):
+        with contextlib.suppress(OSError, ValueError):
+            found.setdefault(int(path.name.split("-")[1]), []).append(json.loads(path.read_text()))
+    return found[max(found)] if found else []

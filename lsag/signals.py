@@ -1,0 +1,100 @@
+"""What a training does when it is told to stop: it finishes its step and saves, as the loop looks at these wishes."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, Self
+
+from lsag.errors import InterruptedByUserError, LsagError, TerminatedError
+
+STUCK_SECONDS = 10
+"""How long after SIGTERM one process of several may go on with its step: then its peers are gone, and it leaves."""
+
+
+class StopRequestedError(BaseException):
+    """A wish to stop that came while nothing was computed. No Exception, lest a decoder's error handling eat it."""
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGHUP become `stop`, SIGUSR1 becomes `save`; a second SIGINT is a KeyboardInterrupt.
+
+    In effect while entered, and in the main thread only: elsewhere Python lets nobody handle signals.
+    """
+
+    def __init__(self) -> None:
+        self.stop = 0
+        """The number of the signal that asked to stop, 0 while none has."""
+        self.save = False
+        self.acknowledged = False
+        """Whether the loop has seen the wish to stop, and is saving."""
+        self._interruptible = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self.save = True
+            return
+        if number == signal.SIGINT and self.stop == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop = self.stop or number
+        if self._interruptible:
+            raise StopRequestedError
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """While this lasts, a wish to stop is raised at once as StopRequestedError: for waits of unknown length."""
+        self._interruptible = True
+        try:
+            if self.stop:
+                raise StopRequestedError
+            yield
+        finally:
+            self._interruptible = False
+
+
+def stopped(number: int, what: str, fix: str) -> LsagError:
+    """The error that ends a training which signal `number` stopped."""
+    kind = InterruptedByUserError if number == signal.SIGINT else TerminatedError
+    return kind(f"stopped by {signal.Signals(number).name}: {what}", fix)
+
+
+@contextlib.contextmanager
+def leaving_when_stuck(acknowledged: Callable[[], bool]) -> Iterator[None]:
+    """Leave the process STUCK_SECONDS after a SIGTERM that the main thread has not acknowledged by then.
+
+    Where a peer died, the main thread may wait in a collective that never ends and in which Python cannot handle the
+    signal; the C level can still write it to a pipe, which a thread reads.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    over = threading.Event()
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGTERM and not over.wait(STUCK_SECONDS) and not acknowledged():
+                os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(previous)
+        os.close(writer)
