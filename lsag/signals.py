@@ -25,6 +25,8 @@ class Signals:
     """
 
     def __init__(self) -> None:
+        self.lasting = False
+        """Whether the handlers stay when this is left: one process of several is about to end then, undisturbed."""
         self.stop = 0
         """The number of the signal that asked to stop, 0 while none has."""
         self.save = False
@@ -40,8 +42,10 @@ class Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._interruptible = False
+        if not self.lasting:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:

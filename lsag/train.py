@@ -241,6 +241,7 @@ def train(
         model = LSAG(preset.model).to(on)
         if init_from is not None and checkpoint is None:
             notes += [f"weights from {init_from}", *initialise_from(model, init_from, reset_head=reset_head)]
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
         model.set_grad_checkpointing(recompute)
         optimizer = make_optimizer(model, recipe)
         dtype = autocast_dtype(on, precision)
@@ -325,19 +326,21 @@ def train(
             if world.total([signals.stop])[0]:
                 raise StopRequestedError
 
+        signals.lasting = not alone
         stack.enter_context(signals)
         if folder:
             with replacing(out / PRESET) as file:
                 file.write(preset.model_dump_json(indent=2).encode() + b"\n")
             if checkpoint is None:
                 size = folder.save(state(), 0)
-                folder.check_space((KEEP + 1) * size)
+                moments = 8 * num_parameters  # bytes of AdamW's, which the first file does not have yet
+                folder.check_space((KEEP + 1) * (size + moments))
             saved = position.step, position.epoch
         yield Started(
             preset=preset,
             out=out,
             device=str(on),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=num_parameters,
             train_images=len(train_source),
             eval_images=len(eval_source),
             steps_per_epoch=steps_per_epoch,
@@ -419,7 +422,7 @@ def train(
                     if position.skipped_in_a_row == MAX_SKIPPED:
                         raise diverged(out, f"in {MAX_SKIPPED} steps in a row, up to step {done} of epoch {epoch + 1}")
                     if interrupts or terminates:
-                        raise stop(signal.SIGTERM if terminates else signal.SIGINT)
+                        raise stop(signals.stop or (signal.SIGTERM if terminates else signal.SIGINT))
                     if saves:
                         if signals.save:
                             logger.warning("step %d is saved in %s", position.step, out)
@@ -446,7 +449,7 @@ def train(
                 train_seconds = max(time.monotonic() - epoch_start, 1e-9)
 
                 # Evaluate, record, save
-                model.eval()
+                evaluated.eval()
                 metrics = evaluate(
                     classify,
                     eval_batches,

@@ -64,6 +64,7 @@ def main() -> None:
     code = 0
     try:
         code = run()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is nothing left to stop
         sys.stdout.flush()
     except (BrokenPipeError, output.ReaderGoneError):
         code = 128 + signal.SIGPIPE
@@ -71,6 +72,8 @@ def main() -> None:
         code = code or fail(f"cannot write to stdout: {error.strerror}", "free space or choose another place", 6)
     if code in (6, 128 + signal.SIGPIPE):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try to flush it once more
+    if launched():
+        os._exit(code)  # a rank that lost its peers might wait for them in a destructor
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -120,6 +121,11 @@ class Forked:
 
     def wait(self) -> int:
         """The exit code, negative for a signal."""
+        stdout = self.server.process.stdout
+        if not select.select([stdout], [], [], 120)[0]:
+            os.kill(self.pid, signal.SIGKILL)
+            self.server._read()
+            raise TimeoutError(f"still running after two minutes: {self.stderr}")
         return int(self.server._read())
 
     @property

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from lsag import load_checkpoint
-from tests.faults.driver import assert_same, result
+from tests.faults.driver import Spawned, assert_same, gone, result, steps_logged, wait_for_step
 
 
 def checkpoints_are_whole(out):
@@ -53,3 +53,112 @@ def test_killed_at_random_fifty_times(server, arguments, undisturbed, tmp_path):
         kills += kill_and_resume(server, arguments, cwd, seed=100 + runs)
         assert_same(result(cwd / "run"), undisturbed)
     print(f"{kills} kills in {runs} runs, each equal to the undisturbed one to the bit")
+
+
+POINTS = [
+    "epoch_begin:2",
+    "fetch:50",
+    "after_forward:85",
+    "after_backward:30",
+    "before_opt:41",
+    "after_opt:40",
+    "in_eval:2",
+    "epoch_end:2",
+    "before_save:5",
+    "mid_write:4",
+    "before_fsync:6",
+    "before_rename:6",
+    "after_rename:6",
+    "mid_prune:3",
+]
+SAMPLE = {"before_rename:6", "after_rename:6", "mid_prune:3"}
+
+
+def sampled(points, sample):
+    """All of the points, of which only the sample runs by default."""
+    return [point if point in sample else pytest.param(point, marks=pytest.mark.faults) for point in points]
+
+
+@pytest.mark.parametrize("point", sampled(POINTS, SAMPLE))
+def test_killed_at_a_point(server, arguments, undisturbed, tmp_path, point):
+    accum = ["--accum", "2"]
+    run = server.start([*arguments, *accum], tmp_path, {"LSAG_FAILPOINT": f"{point}:kill"})
+    assert run.wait() == -signal.SIGKILL, f"{point} was not reached: {run.stderr}"
+    assert checkpoints_are_whole(tmp_path / "run") >= 1
+    run = server.start([*arguments, *accum], tmp_path, {})
+    assert run.wait() == 0, run.stderr
+    assert "continues after step" in run.stderr
+    assert not list((tmp_path / "run").glob(".step*"))  # what the interrupted write left is gone
+    assert_same(result(tmp_path / "run"), undisturbed)
+
+
+FOUR = ["--procs", "4", "--accum", "2"]
+
+
+def kill_one_of_four(arguments, cwd, step, victim):
+    """Kill rank `victim`, or the launcher for -1, after `step`; the others must go. Gives what stderr says."""
+    run = Spawned([*arguments, *FOUR], cwd)
+    wait_for_step(cwd / "run", step)
+    ranks = run.ranks()
+    assert len(ranks) == 4
+    os.kill(ranks[victim] if victim >= 0 else run.pid, signal.SIGKILL)
+    start = time.monotonic()
+    code = run.wait()
+    assert gone(ranks, within=15 - (time.monotonic() - start)), "a rank outlived the failure by 15 s"
+    assert code == (7 if victim >= 0 else -signal.SIGKILL), run.stderr
+    assert checkpoints_are_whole(cwd / "run") >= 1
+    return run.stderr
+
+
+def test_killed_rank_of_four(arguments, undisturbed_4, tmp_path):
+    said = kill_one_of_four(arguments, tmp_path, 55, victim=2)
+    lines = [line for line in said.splitlines() if "error" in line]
+    assert len(lines) == 1 and "rank 2 (process" in lines[0] and "was killed by SIGKILL" in lines[0], said
+    assert "continue with: lsag train --resume run" in lines[0] and "Traceback" not in said
+    run = Spawned([*arguments, *FOUR], tmp_path)
+    assert run.wait() == 0, run.stderr
+    assert_same(result(tmp_path / "run"), undisturbed_4)
+
+
+@pytest.mark.faults
+def test_killed_ten_times_with_four_ranks(arguments, undisturbed_4, tmp_path):
+    moments, step = random.Random(4), 0
+    for kill in range(10):
+        step += moments.randint(4, 14)
+        kill_one_of_four(arguments, tmp_path, step, victim=(kill % 5) - 1)
+        step = steps_logged(tmp_path / "run")
+    run = Spawned([*arguments, *FOUR], tmp_path)
+    assert run.wait() == 0, run.stderr
+    assert_same(result(tmp_path / "run"), undisturbed_4)
+
+
+@pytest.mark.faults
+def test_restarts_resume_by_themselves(arguments, undisturbed_4, tmp_path):
+    run = Spawned([*arguments, *FOUR, "--max-restarts", "2"], tmp_path)
+    for step, victim in ((30, 1), (70, 0)):
+        wait_for_step(tmp_path / "run", step)
+        os.kill(run.ranks()[victim], signal.SIGKILL)
+        time.sleep(3)
+    assert run.wait() == 0, run.stderr
+    assert_same(result(tmp_path / "run"), undisturbed_4)
+
+
+@pytest.mark.faults
+def test_a_rank_that_stands_still_is_named(arguments, tmp_path):
+    run = Spawned([*arguments, *FOUR], tmp_path)
+    wait_for_step(tmp_path / "run", 20)
+    ranks = run.ranks()
+    os.kill(ranks[3], signal.SIGSTOP)
+    assert run.wait(120) == 7, run.stderr
+    assert "rank 3 (process" in run.stderr and gone(ranks, 1)
+
+
+def test_only_one_run_at_a_time(server, arguments, tmp_path):
+    first = server.start([*arguments, "--epochs", "5000"], tmp_path, {})
+    wait_for_step(tmp_path / "run", 3)
+    (tmp_path / "second").mkdir()
+    second = Spawned([*arguments[:-7], str(tmp_path / "run"), *arguments[-6:]], tmp_path / "second")
+    assert arguments[-7] == "run" and second.wait() == 6
+    assert f"is in use by process {first.pid} on " in second.stderr and len(second.stderr.splitlines()) == 1
+    os.kill(first.pid, signal.SIGTERM)
+    assert first.wait() == 143, first.stderr  # unharmed

@@ -1,0 +1,113 @@
+"""Whoever is told to stop finishes the step, saves, and says how to go on; nothing that was done is lost."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from lsag import load_checkpoint
+from tests.faults.driver import STEPS, Spawned, alive, assert_same, gone, result, steps_logged, wait_for_step
+from tests.faults.test_kill import POINTS, sampled
+
+ACCUM = ["--accum", "2"]
+SLOW = ["--save-minutes", "5"]
+
+
+@pytest.mark.parametrize("kind", ["term", "int"])
+@pytest.mark.parametrize("point", sampled(POINTS, {"fetch:50", "in_eval:2", "after_forward:85"}))
+def test_stopped_in_every_phase(server, arguments, undisturbed, tmp_path, point, kind):
+    run = server.start([*arguments, *ACCUM], tmp_path, {"LSAG_FAILPOINT": f"{point}:{kind}"})
+    start = time.monotonic()
+    assert run.wait() == {"term": 143, "int": 130}[kind], run.stderr
+    assert time.monotonic() - start < 30
+    done = steps_logged(tmp_path / "run")
+    last = run.stderr.splitlines()[-1]
+    name = {"term": "SIGTERM", "int": "SIGINT"}[kind]
+    assert last == (
+        f"lsag: error: stopped by {name}: step {done} is saved in run — continue with: lsag train --resume run"
+    )
+    assert load_checkpoint(tmp_path / f"run/step-{done:010d}.pt").training["step"] == done
+    run = server.start([*arguments, *ACCUM], tmp_path, {})
+    assert run.wait() == 0, run.stderr
+    assert_same(result(tmp_path / "run"), undisturbed)
+
+
+def test_usr1_saves_and_hup_stops(server, arguments, undisturbed, tmp_path):
+    # Without a timed save, so that what appears was asked for.
+    run = server.start([*arguments, *ACCUM, *SLOW], tmp_path, {})
+    wait_for_step(tmp_path / "run", 20)
+    os.kill(run.pid, signal.SIGUSR1)
+    end = time.monotonic() + 10
+    while len(list((tmp_path / "run").glob("step-*.pt"))) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(list((tmp_path / "run").glob("step-*.pt"))) == 2 and alive(run.pid)
+    os.kill(run.pid, signal.SIGHUP)
+    os.kill(run.pid, signal.SIGTERM)  # a second one changes nothing
+    start = time.monotonic()
+    assert run.wait() == 143, run.stderr
+    assert time.monotonic() - start < 10
+    assert "is saved in run" in run.stderr and "stopped by SIGHUP" in run.stderr
+    run = server.start([*arguments, *ACCUM], tmp_path, {})
+    assert run.wait() == 0, run.stderr
+    assert_same(result(tmp_path / "run"), undisturbed)
+
+
+def test_a_second_interrupt_leaves_at_once(server, arguments, tmp_path):
+    run = server.start([*arguments, *ACCUM], tmp_path, {"LSAG_FAILPOINT": "before_opt:30:hang"})
+    wait_for_step(tmp_path / "run", 20)
+    time.sleep(1)
+    os.kill(run.pid, signal.SIGINT)
+    time.sleep(0.5)
+    os.kill(run.pid, signal.SIGINT)
+    assert run.wait() == 130
+    assert run.stderr.splitlines()[-1].startswith("lsag: error: interrupted twice")
+    for path in (tmp_path / "run").glob("step-*.pt"):
+        load_checkpoint(path)
+
+
+@pytest.mark.faults
+def test_before_the_first_step(arguments, tmp_path):
+    """While Python, torch and the data are loaded there is nothing to save, and nothing to wait for."""
+    for index, delay in enumerate((0.4, 0.8, 1.5, 2.5, 4)):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            cwd = tmp_path / f"{index}-{number}"
+            cwd.mkdir()
+            run = Spawned(arguments, cwd)
+            time.sleep(delay)
+            os.kill(run.pid, number)
+            assert run.wait(15) == 128 + number, run.stderr
+            assert "Traceback" not in run.stderr and len(run.stderr.splitlines()) <= 2, run.stderr
+
+
+LAUNCHED = [
+    ("launcher", signal.SIGTERM, 143),
+    ("launcher", signal.SIGINT, 130),
+    ("launcher", signal.SIGHUP, 143),
+    ("rank 0", signal.SIGTERM, 143),
+    ("rank 1", signal.SIGTERM, 143),
+    ("rank 1", signal.SIGINT, 130),
+]
+
+
+@pytest.mark.parametrize(
+    ("to", "number", "code"), [LAUNCHED[0], *(pytest.param(*case, marks=pytest.mark.faults) for case in LAUNCHED[1:])]
+)
+def test_stopping_several_processes(arguments, undisturbed, tmp_path, to, number, code):
+    run = Spawned([*arguments, *SLOW, "--procs", "2"], tmp_path)
+    wait_for_step(tmp_path / "run", 45)
+    ranks = run.ranks()
+    if to == "launcher":
+        # USR1 saves and goes on; for any rank, and for the launcher.
+        os.kill(run.pid, signal.SIGUSR1)
+        wait_for_step(tmp_path / "run", steps_logged(tmp_path / "run") + 10)
+        assert len(list((tmp_path / "run").glob("step-*.pt"))) == 2
+    start = time.monotonic()
+    os.kill(run.pid if to == "launcher" else ranks[int(to[-1])], number)
+    assert run.wait(30) == code, run.stderr
+    assert time.monotonic() - start < 10 and gone(ranks, 1)
+    done = steps_logged(tmp_path / "run")
+    assert 45 <= done < STEPS
+    errors = [line for line in run.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1 and f"step {done} is saved in run" in errors[0], run.stderr
+    assert load_checkpoint(tmp_path / f"run/step-{done:010d}.pt").training["step"] == done
