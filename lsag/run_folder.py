@@ -114,8 +114,8 @@ class RunFolder:
             raise InputError(f"none of the {len(files)} checkpoints in {self.path} is whole", "start again elsewhere")
         return None
 
-    def save(self, checkpoint: Checkpoint, step: int) -> int:
-        """Write the logs and the checkpoint of `step`, then remove old ones; gives the checkpoint's size in bytes."""
+    def save(self, checkpoint: Checkpoint, step: int) -> None:
+        """Write the logs and the checkpoint of `step`, then remove old ones."""
         failpoint("before_save")
         self.steps.flush(sync=True)
         self.epochs.flush(sync=True)
@@ -129,10 +129,10 @@ class RunFolder:
                 logger.warning("cannot remove %s: %s", old, error.strerror)
         with writing(self.path):
             sync_folder(self.path)
-            return path.stat().st_size
 
-    def check_space(self, needed: int) -> None:
-        """OutputError if less than `needed` bytes are free here."""
+    def check_space(self, size: int) -> None:
+        """OutputError unless the checkpoints that are kept, each of `size` bytes, and one in the making have room."""
+        needed = (KEEP + 1 - len(step_files(self.path))) * size
         with writing(self.path):
             free = shutil.disk_usage(self.path).free
         if free < needed:

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lsag.checkpoint import Checkpoint, initialise_from, load_checkpoint, save_checkpoint
-from lsag.config import Preset, changed_keys
+from lsag.checkpoint import initialise_from, load_checkpoint, save_checkpoint
+from lsag.config import Preset
 from lsag.data import (
     EpochBatches,
     FolderSource,
@@ -45,8 +45,10 @@ from lsag.files import replacing
 from lsag.model import LSAG
 from lsag.optim import lr_at, make_optimizer
 from lsag.plots import draw_curves
-from lsag.run_folder import BEST, CURVES, KEEP, PRESET, RunFolder, check_run_folder, step_files
+from lsag.progress import Epoch, Finished, Progress, Started, Step
+from lsag.run_folder import BEST, CURVES, PRESET, RunFolder, check_run_folder, step_files
 from lsag.signals import Signals, StopRequestedError, stopped
+from lsag.state import Position, State
 
 REPORT_SECONDS = 0.5
 """How often a Step is reported."""
@@ -56,90 +58,6 @@ MAX_SKIPPED = 10
 """Steps in a row whose loss or gradient may be not finite; they are skipped."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Started:
-    """The run is set up: everything that could be refused has been accepted. `notes` are for a person to read."""
-
-    preset: Preset
-    out: Path
-    device: str
-    parameters: int
-    train_images: int
-    eval_images: int
-    steps_per_epoch: int
-    first_step: int
-    ranks: int
-    slice_size: int
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where the training is, and the mean loss and speed since the last report; peak memory of rank 0 in bytes."""
-
-    epoch: int
-    step: int
-    loss: float
-    lr: float
-    images_per_second: float
-    data_wait: float
-    memory: int
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One finished epoch: a line of metrics.jsonl. Accuracies are shares in 0..1, `seconds` of training so far."""
-
-    epoch: int
-    step: int
-    lr: float
-    train_loss: float
-    eval_loss: float
-    top1: float
-    top5: float
-    best_top1: float
-    images_per_second: float
-    data_wait: float
-    save_share: float
-    skipped_steps: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The training is complete."""
-
-    out: Path
-    epochs: int
-    best_top1: float
-    best_epoch: int
-    last_top1: float
-    seconds: float
-
-
-Progress = Started | Step | Epoch | Finished
-
-
-@dataclass
-class Position:
-    """How far a training is: with the weights and the optimizer's state, all that its continuation depends on."""
-
-    step: int = 0
-    """Optimizer steps done, skipped ones included."""
-    epoch: int = 0
-    """Epochs done and evaluated."""
-    loss_sum: float = 0.0
-    """Of the steps of the epoch under way that were not skipped."""
-    loss_steps: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    best_top1: float = -1.0
-    best_epoch: int = 0
-    last_top1: float = 0.0
-    last_eval_loss: float = 0.0
-    seconds: float = 0.0
 
 
 def train(
@@ -233,8 +151,6 @@ def train(
         last_step = world.of_rank_0(checkpoint and (checkpoint.training or {}).get("step"))
         if last_step is not None and not leads:
             checkpoint = load_checkpoint(out / f"step-{last_step:010d}.pt")
-        if checkpoint is not None:
-            check_same_run(checkpoint, preset, classes, dataset, allow_change=allow_change, where=out)
 
         # Model
         torch.manual_seed(random_key(recipe.seed, "init"))
@@ -249,8 +165,11 @@ def train(
         ema = None
         if recipe.ema_decay:
             ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-        evaluated: LSAG = ema.module if ema else model  # type: ignore[assignment]
-        classify = classifier(Checkpoint(evaluated, preset, classes), on)
+        position = Position()
+        state = State(model, optimizer, scaler, ema, preset, classes, dataset, position)
+        if checkpoint is not None:
+            state.check_same_run(checkpoint, allow_change=allow_change, where=out)
+        classify = classifier(state.checkpoint(), on)
         if compile:
             model.compile()
         ddp = None
@@ -267,27 +186,19 @@ def train(
                     logits.float().sum().backward()
             optimizer.zero_grad()
         net: nn.Module = ddp or model
-        position, history = Position(), []
         if checkpoint is not None:
-            position = restore(checkpoint, model, optimizer, scaler, ema, where=out)
+            state.restore(checkpoint)
+            position = state.position
+            if not 0 <= position.step - position.epoch * steps_per_epoch <= steps_per_epoch:
+                raise UsageError(f"{out} is a run with other epochs, in steps", "give its batch size and data")
             notes.append(f"continues after step {position.step}")
-        if leads and folder:
+        history = []
+        if folder:
+            folder.check_space(num_parameters * 4 * (4 if ema else 3))  # fp32: weights, moving average, AdamW's moments
             folder.steps.rewind(lambda row: row.get("step", math.inf) <= position.step)
             history = folder.epochs.rewind(lambda row: row.get("epoch", math.inf) <= position.epoch)
         before, saving, saved, curves_drawn = position.seconds, 0.0, (-1, -1), -math.inf
         save_due = time.monotonic() + 60 * save_minutes
-
-        def state() -> Checkpoint:
-            metrics = {"top1": position.last_top1, "loss": position.last_eval_loss} if position.epoch else {}
-            training = {
-                **asdict(position),
-                "optimizer": optimizer.state_dict()["state"],
-                "scaler": scaler.state_dict(),
-                "weights": model.state_dict() if ema else None,
-                "ema_updates": int(ema.n_averaged) if ema else 0,
-                "dataset": dataset,
-            }
-            return Checkpoint(evaluated, preset, classes, position.epoch, metrics, training)
 
         def persist(write: Callable[[], object]) -> None:
             """Write to the run folder, and when that fails, again for a while: disks are emptied, mounts come back."""
@@ -309,7 +220,7 @@ def train(
             nonlocal saved, save_due
             if folder and saved != (position.step, position.epoch):
                 position.seconds = before + time.monotonic() - began
-                persist(lambda: folder.save(state(), position.step))
+                persist(lambda: folder.save(state.checkpoint(), position.step))
                 saved = position.step, position.epoch
             save_due = time.monotonic() + 60 * save_minutes
 
@@ -332,9 +243,7 @@ def train(
             with replacing(out / PRESET) as file:
                 file.write(preset.model_dump_json(indent=2).encode() + b"\n")
             if checkpoint is None:
-                size = folder.save(state(), 0)
-                moments = 8 * num_parameters  # bytes of AdamW's, which the first file does not have yet
-                folder.check_space((KEEP + 1) * (size + moments))
+                folder.save(state.checkpoint(), 0)
             saved = position.step, position.epoch
         yield Started(
             preset=preset,
@@ -449,7 +358,7 @@ def train(
                 train_seconds = max(time.monotonic() - epoch_start, 1e-9)
 
                 # Evaluate, record, save
-                evaluated.eval()
+                state.evaluated.eval()
                 metrics = evaluate(
                     classify,
                     eval_batches,
@@ -488,7 +397,7 @@ def train(
                     folder.epochs.add(history[-1])
                     # First the best, then the state that says that it is the best.
                     if improved:
-                        best = replace(state(), training=None)
+                        best = replace(state.checkpoint(), training=None)
                         persist(partial(save_checkpoint, out / BEST, best))
                     if epoch + 1 == recipe.epochs or time.monotonic() > save_due:
                         save()
@@ -504,7 +413,7 @@ def train(
             # A broken image, a dead worker, a lost peer: nothing of the steps done is lost. No other rank is needed.
             if folder:
                 with contextlib.suppress(OutputError):
-                    folder.save(state(), position.step)
+                    folder.save(state.checkpoint(), position.step)
             raise
         yield Finished(
             out=out,
@@ -529,61 +438,6 @@ def make_mixup(preset: Preset) -> Mixup | None:
         label_smoothing=augment.label_smoothing,
         num_classes=preset.model.num_classes,
     )
-
-
-def check_same_run(
-    checkpoint: Checkpoint,
-    preset: Preset,
-    classes: tuple[str, ...],
-    dataset: str,
-    *,
-    allow_change: Sequence[str],
-    where: Path,
-) -> None:
-    """UsageError if a run that is to be continued was another one."""
-    different = [key for key in changed_keys(checkpoint.preset, preset) if key not in allow_change]
-    if different:
-        raise UsageError(
-            f"{where} is a run with another {', '.join(different[:5])}",
-            "leave the settings as they were, or "
-            + " ".join(f"--allow-change {key}" for key in different[:5] if not key.startswith("model.")),
-        )
-    training = checkpoint.training or {}
-    if checkpoint.classes != classes or training.get("dataset") != dataset:
-        if "data" in allow_change and len(checkpoint.classes) == len(classes):
-            return
-        raise UsageError(f"{where} is a run on other images", "give its data, or --allow-change data")
-
-
-def restore(
-    checkpoint: Checkpoint,
-    model: LSAG,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: AveragedModel | None,
-    *,
-    where: Path,
-) -> Position:
-    """Put everything back as it was when `checkpoint` was saved. InputError if that is not in it."""
-    try:
-        training = checkpoint.training or {}
-        model.load_state_dict(training["weights"] or checkpoint.model.state_dict())
-        if ema:
-            ema.module.load_state_dict(checkpoint.model.state_dict())
-            ema.n_averaged.fill_(training["ema_updates"])
-        groups = optimizer.state_dict()["param_groups"]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for index, moments in training["optimizer"].items():
-            if any(moments[name].shape != parameters[index].shape for name in ("exp_avg", "exp_avg_sq")):
-                raise ValueError(f"the optimizer's state of weight {index} has another shape")
-        optimizer.load_state_dict({"state": training["optimizer"], "param_groups": groups})
-        if scaler.is_enabled() and training["scaler"]:
-            scaler.load_state_dict(training["scaler"])
-        return Position(**{item.name: training[item.name] for item in fields(Position)})
-    except Exception as error:  # contents of any type may stand where ours are expected
-        raise InputError(
-            f"the newest checkpoint in {where} cannot be continued: {error}", "start another run"
-        ) from error
 
 
 def measure(preset: Preset, *, device: str = "auto", slice_size: int, steps: int = 3) -> tuple[float, int]:

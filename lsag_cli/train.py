@@ -143,7 +143,7 @@ def train(
 
     with leaving_at_once():
         from lsag.distributed import world_in_environment
-        from lsag.train import Epoch, Finished, Started, Step
+        from lsag.progress import Epoch, Finished, Started, Step
         from lsag.train import train as run
 
     world = world_in_environment()

@@ -11,7 +11,8 @@ from lsag import load_checkpoint, load_preset
 from lsag.data import open_split
 from lsag.errors import CheckError, InputError, OutputError, UnavailableError, UsageError, WorkerError
 from lsag.evaluate import evaluate_file
-from lsag.train import Epoch, Started, Step, make_mixup, train
+from lsag.progress import Epoch, Started, Step
+from lsag.train import make_mixup, train
 
 
 def run(preset, out, **options):

@@ -12,17 +12,13 @@ from tests.faults.driver import assert_same, result, wait_for_step
 from tests.faults.test_kill import checkpoints_are_whole, sampled
 
 ACCUM = ["--accum", "2"]
-POINTS = ["mid_write:4", "before_fsync:5", "before_rename:5", "after_rename:5", "before_save:4"]
+POINTS = ["mid_write:4", "before_fsync:5", "before_rename:5", "after_rename:5"]
 
 
 @pytest.mark.parametrize("error", ["enospc", "eio"])
 @pytest.mark.parametrize("point", sampled(POINTS, {"mid_write:4", "after_rename:5"}))
 def test_one_failure_is_survived(server, arguments, undisturbed, tmp_path, point, error):
     run = server.start([*arguments, *ACCUM], tmp_path, {"LSAG_FAILPOINT": f"{point}:{error}"})
-    if point == "before_save:4":  # no write at all, but an error that nobody expects there
-        assert run.wait() == 70
-        assert checkpoints_are_whole(tmp_path / "run") >= 1
-        return
     assert run.wait() == 0, run.stderr
     assert "trying again" in run.stderr
     assert_same(result(tmp_path / "run"), undisturbed)
@@ -108,7 +104,7 @@ def test_order_of_the_writes(arguments, tmp_path):
     assert done.returncode == 0, done.stderr
     events = [line.split(maxsplit=1)[1] for line in log.read_text().splitlines() if "/run" in line or '"run' in line]
     renames = [i for i, event in enumerate(events) if event.startswith("rename(") and "step-" in event]
-    assert len(renames) > 5
+    assert len(renames) >= 3
     for i in renames:
         temporary = events[i].split('"')[1].rsplit("/", 1)[1]
         synced = [j for j in range(i) if events[j].startswith("fsync(") and temporary in events[j]]

@@ -1,0 +1,70 @@
+"""What a training tells of itself while it runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lsag.config import Preset
+
+
+@dataclass(frozen=True)
+class Started:
+    """The run is set up: everything that could be refused has been accepted. `notes` are for a person to read."""
+
+    preset: Preset
+    out: Path
+    device: str
+    parameters: int
+    train_images: int
+    eval_images: int
+    steps_per_epoch: int
+    first_step: int
+    ranks: int
+    slice_size: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the training is, and the mean loss and speed since the last report; peak memory of rank 0 in bytes."""
+
+    epoch: int
+    step: int
+    loss: float
+    lr: float
+    images_per_second: float
+    data_wait: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One finished epoch: a line of metrics.jsonl. Accuracies are shares in 0..1, `seconds` of training so far."""
+
+    epoch: int
+    step: int
+    lr: float
+    train_loss: float
+    eval_loss: float
+    top1: float
+    top5: float
+    best_top1: float
+    images_per_second: float
+    data_wait: float
+    save_share: float
+    skipped_steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The training is complete."""
+
+    out: Path
+    epochs: int
+    best_top1: float
+    best_epoch: int
+    last_top1: float
+    seconds: float
+
+
+Progress = Started | Step | Epoch | Finished
