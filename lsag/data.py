@@ -7,8 +7,10 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from multiprocessing import active_children
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -445,9 +447,11 @@ def eval_loader(
 def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches; an image that could not be read is raised here as its InputError."""
     loading = iter(loader)
+    deaths = _WorkerDeaths()
     while True:
         try:
-            batch = next(loading)
+            with deaths.raised():
+                batch = next(loading)
         except StopIteration:
             return
         except RuntimeError as error:
@@ -462,6 +466,38 @@ def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(batch, InputError):
             raise batch
         yield batch
+
+
+class _WorkerDeaths:
+    """Has torch raise the death of a worker while a batch is awaited only.
+
+    torch does it from its handler of SIGCHLD wherever the program is: in the middle of an optimizer step, say.
+    """
+
+    _torch_handler: Any = None
+    _waiting = False
+
+    def __init__(self) -> None:
+        handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", "").startswith("torch."):
+            with suppress(ValueError):  # outside the main thread
+                signal.signal(signal.SIGCHLD, _WorkerDeaths._handle)
+                _WorkerDeaths._torch_handler = handler
+
+    @staticmethod
+    def _handle(number: int, frame: FrameType | None) -> None:
+        if _WorkerDeaths._waiting:
+            _WorkerDeaths._torch_handler(number, frame)
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        _WorkerDeaths._waiting = True
+        try:
+            if _WorkerDeaths._torch_handler:
+                _WorkerDeaths._torch_handler(signal.SIGCHLD, None)  # for what happened meanwhile
+            yield
+        finally:
+            _WorkerDeaths._waiting = False
 
 
 def _leave_signals_to_parent(worker: int) -> None:
