@@ -48,8 +48,7 @@ def launch(
 
     from lsag.device import available_cores
 
-    for name in ("torch.distributed", "torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    logging.disable(logging.CRITICAL)  # the agent tells all it does
     folder = Path(tempfile.mkdtemp(prefix="lsag-launch-"))
     os.environ |= {LAUNCH_FOLDER: str(folder), LAUNCHER: str(os.getpid())}
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

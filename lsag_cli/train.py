@@ -1,5 +1,6 @@
 """lsag train"""
 
+import importlib.util
 import json
 import logging
 import os
@@ -125,6 +126,8 @@ def train(
         raise UsageError("--reset-head is for --init-from", "add --init-from CHECKPOINT")
     if probe and not dry_run:
         raise UsageError("--probe is for --dry-run", "add --dry-run")
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UnavailableError("the package tensorboard is not installed", "pip install 'lsag[tensorboard]'")
     changes = [*(overrides or []), *([f"train.epochs={epochs}"] if epochs else [])]
     if resume:
         out = run_folder or out or newest_run()
@@ -427,11 +430,9 @@ class Display:
 
 
 def tensorboard_writer(started: "Started") -> Any:
-    """A SummaryWriter for the run. UnavailableError without the tensorboard package."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UnavailableError("the package tensorboard is not installed", "pip install tensorboard") from error
+    """A SummaryWriter for the run, which drops what an earlier life of it wrote of later steps."""
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(started.out / "tensorboard", purge_step=started.first_step or None)
 
 

@@ -1,6 +1,7 @@
 """What the documentation says of the code is so."""
 
 import re
+import subprocess
 import tomllib
 
 import numpy as np
@@ -49,3 +50,24 @@ def test_the_constraints_are_within_the_bounds():
         name, floor = re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()
         if name != "onnxruntime":
             assert tuple(map(int, pinned[name].split("+")[0].split(".")[:2])) >= tuple(map(int, floor.split(".")[:2]))
+
+
+@pytest.mark.parametrize(
+    "path", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda path: path.name
+)
+def test_shell_examples_are_shell(path):
+    for block in re.findall(r"```bash\n(.*?)```", path.read_text(), flags=re.DOTALL):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+def test_commands_of_the_cluster_page_take_these_options(lsag):
+    """Each `lsag train` of docs/cluster.md, as a plan: options, presets and batches must fit."""
+    text = (ROOT / "docs/cluster.md").read_text()
+    commands = re.findall(r"^(?:srun )?lsag train ([^\n#]*)", text, flags=re.MULTILINE)
+    assert len(commands) >= 5
+    for command in commands:
+        # The plan asks for no GPU, but cuts the batch as they would.
+        gpus = re.search(r"--gpus (\d+)", command)
+        words = re.sub(r"--gpus \d+", f"--device cpu --procs {gpus[1]}" if gpus else "", command).split()
+        done = lsag("train", *[word for word in words if word != "--resume"], "--dry-run")
+        assert done.returncode == 0, f"{command}: {done.stderr}"

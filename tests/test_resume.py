@@ -15,7 +15,7 @@ from lsag.data import EpochBatches, batches, open_split, train_loader
 from lsag.errors import CheckError, InputError, OutputError, UsageError
 from lsag.progress import Epoch, Finished, Started
 from lsag.train import measure, train
-from tests.conftest import ROOT, assert_refused, images
+from tests.conftest import ROOT, TINY, assert_refused, images
 
 
 @pytest.fixture
@@ -348,3 +348,17 @@ def test_the_plan_with_a_probe(lsag):
     assert "measured on one device" in done.stdout and "GiB at its peak" in done.stdout
     plan = json.loads(lsag("train", "--dry-run", "--probe", "--device", "cpu", "--json").stdout)
     assert plan["training_seconds"] == pytest.approx(plan["steps"] * plan["step_seconds"])
+
+
+def test_tensorboard_gets_the_figures_of_the_log(lsag, tmp_path):
+    done = lsag("train", *TINY, "--tensorboard", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    for name in ("train_loss", "eval_loss", "top1", "top5"):
+        (event,) = events.Scalars(f"epoch/{name}")
+        assert (event.step, event.value) == (1, pytest.approx(row[name]))
+    assert events.Scalars("train/lr")[-1].step == 22
