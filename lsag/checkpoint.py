@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from lsag.config import Preset, validate_preset
 from lsag.data import unnamed_classes
-from lsag.errors import CheckError, InputError, UsageError
+from lsag.errors import CheckError, DamagedError, InputError, UsageError
 from lsag.files import write_checked, writing
 from lsag.model import LSAG
 
@@ -131,7 +131,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         model.requires_grad_(True)
     except Exception as error:  # contents of any type may stand where ours are expected
         reason = error.what if isinstance(error, UsageError) else error
-        raise InputError(f"{path} does not hold what its format promises: {reason}", "use an undamaged file") from error
+        raise DamagedError(
+            f"{path} does not hold what its format promises: {reason}", "use an undamaged file"
+        ) from error
     return Checkpoint(model.eval(), preset, classes, epoch, metrics, training)
 
 
@@ -147,14 +149,14 @@ def _read(path: Path) -> Any:
             entries = archive.infolist()
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
             if not stored or sum(entry.file_size for entry in entries) > len(data):
-                raise InputError(f"{path} is compressed, as no checkpoint is", "give a file that lsag wrote")
+                raise DamagedError(f"{path} is compressed, as no checkpoint is", "give a file that lsag wrote")
             damaged = archive.testzip()
             if damaged is not None:
-                raise InputError(f"{path} is truncated or damaged (checksum of {damaged})", "use an undamaged file")
+                raise DamagedError(f"{path} is truncated or damaged (checksum of {damaged})", "use an undamaged file")
     except InputError:
         raise
     except Exception as error:  # zipfile raises many types for a damaged directory
-        raise InputError(
+        raise DamagedError(
             f"{path} is not a checkpoint, or is truncated or damaged", "give a file that lsag wrote"
         ) from error
     try:
@@ -166,7 +168,7 @@ def _read(path: Path) -> Any:
             if "Unsupported" in str(error)
             else "not written by torch.save"
         )
-        raise InputError(f"{path} was refused: {reason}", "the authors' own files: lsag convert") from error
+        raise DamagedError(f"{path} was refused: {reason}", "the authors' own files: lsag convert") from error
 
 
 def _check_weights(weights: Any, wanted: dict[str, torch.Tensor]) -> None:

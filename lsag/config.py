@@ -252,8 +252,11 @@ class Preset(_Frozen):
         return validate_preset(values, origin=f"preset {self.name}")
 
 
-def changed_keys(old: Preset, new: Preset) -> list[str]:
-    """The dotted keys of the settings in which two presets differ; names, descriptions and the paper's aside."""
+def changed_keys(old: Preset | None, new: Preset) -> list[str]:
+    """The dotted keys of the settings in which two presets differ; names, descriptions and the paper's aside.
+
+    Without an `old` one, all keys.
+    """
 
     def flat(value: Any, key: str) -> dict[str, Any]:
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else None
@@ -263,8 +266,8 @@ def changed_keys(old: Preset, new: Preset) -> list[str]:
 
     different = []
     for section in ("model", "data", "augment", "train"):
-        a, b = (flat(getattr(preset, section).model_dump(), section) for preset in (old, new))
-        different += [key for key in a | b if a.get(key) != b.get(key)]
+        a, b = (flat(getattr(preset, section).model_dump(), section) if preset else {} for preset in (old, new))
+        different += [key for key in a | b if key not in a or key not in b or a[key] != b[key]]
     return different
 
 

@@ -23,12 +23,12 @@ from torchvision import datasets, transforms
 
 from lsag.config import DATASETS, DataConfig, Preset, did_you_mean
 from lsag.device import available_cores
-from lsag.errors import InputError, UnavailableError, UsageError, WorkerError
+from lsag.errors import InputError, UnavailableError, UsageError, WorkerError, first_line
 
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200
-PACK_BYTES = 2**30
-"""Folders whose decoded images take at most so much are held in memory; it is the most a rank spends on that."""
+PACK_BYTES = 2**29
+"""A split whose decoded images take at most so much is held in memory by each rank, and twice while it is packed."""
 WORKER_TIMEOUT = 120
 """Seconds that workers may take for a batch."""
 EVAL_FOLDERS = {"imagenet": ("val",), "folder": ("val", "test")}
@@ -81,7 +81,7 @@ class FolderSource:
             self.classes, _ = datasets.folder.find_classes(root)
         except OSError as error:
             raise InputError(
-                f"{root}: {_reason(error)}", "give a folder with a folder of images for each class"
+                f"{root}: {first_line(error)}", "give a folder with a folder of images for each class"
             ) from error
         self.samples: list[tuple[str, int]] = []
         for label, name in enumerate(self.classes):
@@ -114,8 +114,12 @@ class FolderSource:
 
         InputError for an image that cannot be read.
         """
-        if sum(Path(path).stat().st_size for path, _ in self.samples) > PACK_BYTES // 4:
-            return self
+        room = PACK_BYTES // 4
+        for path, _ in self.samples:
+            with suppress(OSError):  # what cannot be read is told when it is
+                room -= Path(path).stat().st_size
+            if room < 0:
+                return self
         images, used = [], 0
         with ThreadPoolExecutor(available_cores()) as threads:
             for image, _ in threads.map(self.load, range(len(self))):
@@ -237,7 +241,7 @@ def _cifar(dataset: str, data_dir: Path, mode: str, *, train: bool, download: bo
             if not existed and data_dir.is_dir() and not any(data_dir.iterdir()):
                 data_dir.rmdir()
             raise UnavailableError(
-                f"{dataset} {state} {found} and could not be downloaded: {_reason(failure)}",
+                f"{dataset} {state} {found} and could not be downloaded: {first_line(failure)}",
                 f"fetch {kind.url} by hand and extract it into {data_dir}",
             ) from failure
     return ArraySource(files.data, files.targets, files.classes, mode)
@@ -253,12 +257,6 @@ def _digest(*parts: object) -> str:
 def unnamed_classes(count: int) -> tuple[str, ...]:
     """Names for the classes of a model that came without any."""
     return tuple(f"unnamed class {index}" for index in range(count))
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def check_classes(expected: Sequence[str], found: Sequence[str], *, what: str, where: str) -> None:
@@ -459,9 +457,9 @@ def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
                 raise
             for worker in active_children():
                 worker.kill()  # one that stands still would be waited for
-            reason = str(error).splitlines()[0]
             raise WorkerError(
-                f"a process that prepares images died or stands still: {reason}", "see its memory; --workers 0"
+                f"a process that prepares images died or stands still: {first_line(error)}",
+                "see its memory; --workers 0",
             ) from error
         if isinstance(batch, InputError):
             raise batch

@@ -2,10 +2,12 @@
 
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ import torch
 import torch.distributed as dist
 
 from lsag.device import choose_device
-from lsag.errors import PeerLostError, UnavailableError, UsageError
-from lsag.launch import LAUNCH_FOLDER, keep_alive
-from lsag.signals import leaving_when_stuck
+from lsag.errors import PeerLostError, UnavailableError, UsageError, first_line
+from lsag.launch import LAUNCH_FOLDER, keep_alive, launched, report
+from lsag.signals import STUCK_SECONDS, leaving_when_stuck
 
 TIMEOUT = timedelta(hours=2)
 """Of a collective. Long, as rank 0 may wait for space on a disk; a dead or silent rank is noticed by the launcher."""
+MEETING_TIMEOUT = timedelta(minutes=10)
+"""Until all ranks are there."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,6 @@ class World:
     size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def processes_here(self) -> int:
-        """How many of the ranks share this machine."""
-        per_node = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
-        return int(re.split(r"\D", per_node)[0]) if self.size > 1 else 1
 
     def total(self, values: Sequence[float]) -> list[float]:
         """The sum over all ranks of each value, in double precision."""
@@ -84,6 +82,12 @@ def lost_peers() -> Iterator[None]:
         raise
 
 
+def world_size_here() -> int:
+    """How many of the ranks run on this machine."""
+    per_node = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    return int(re.split(r"\D", per_node)[0] or 1)
+
+
 def world_in_environment() -> tuple[int, int, int] | None:
     """(rank, world size, local rank) as torchrun or srun set them; None where nobody did.
 
@@ -121,13 +125,16 @@ def joined(device: str = "auto", *, acknowledged: Callable[[], bool] = lambda: F
     rank, size, local_rank = found or (0, 1, 0)
     on = choose_device(device)
     if on.type == "cuda" and found:
-        if on.index is not None:
+        visible = torch.cuda.device_count()
+        if on.index is not None and size > 1:
             raise UsageError(f"--device {on} is one GPU, this process is one of {size}", "use --device cuda")
-        if local_rank >= torch.cuda.device_count():
+        if visible > 1 and local_rank >= visible:
             raise UnavailableError(
-                f"local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible", "start fewer processes"
+                f"local rank {local_rank} has no GPU, {visible} are visible", "start fewer processes"
             )
-        on = torch.device("cuda", local_rank)
+        # A batch system may show each process its own GPU only.
+        on = torch.device("cuda", 0 if visible == 1 else local_rank) if on.index is None else on
+    if on.type == "cuda" and on.index is not None:
         torch.cuda.set_device(on)
     if size == 1:
         with keep_alive() if found else nullcontext():
@@ -138,26 +145,30 @@ def joined(device: str = "auto", *, acknowledged: Callable[[], bool] = lambda: F
     # Within one machine the processes meet in a file that only their user can read, and no port is opened for it.
     folder = os.environ.get(LAUNCH_FOLDER)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    alone = folder and os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    init: dict[str, Any] = (
-        {"store": dist.FileStore(str(Path(str(folder), f"store-{attempt}")), size)}
-        if alone
-        else {"init_method": "env://"}
-    )
-    with keep_alive(), leaving_when_stuck(acknowledged):
+    with keep_alive(), leaving_when_stuck(acknowledged, last_words=partial(_report_stuck, rank)):
         try:
+            if folder and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+                store: dist.Store = dist.FileStore(str(Path(folder, f"store-{attempt}")), size)
+            else:
+                store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=MEETING_TIMEOUT))
             dist.init_process_group(
                 "nccl" if on.type == "cuda" else "gloo",
                 rank=rank,
                 world_size=size,
                 timeout=TIMEOUT,
                 device_id=on if on.type == "cuda" else None,
-                **init,
+                store=dist.PrefixStore(f"lsag-{attempt}", store),
             )
         except (RuntimeError, ValueError) as error:
             raise UnavailableError(
-                f"rank {rank} cannot meet the others: {str(error).splitlines()[0]}", "see docs/cluster.md"
+                f"rank {rank} cannot meet the others: {first_line(error)}", "see docs/cluster.md"
             ) from error
         yield World(rank, size, local_rank, on)
         # Not after an error: a group that lost a member may wait for it for ever.
         dist.destroy_process_group()
+
+
+def _report_stuck(rank: int) -> None:
+    if launched():
+        what = f"rank {rank} did not end its step within {STUCK_SECONDS} s of SIGTERM, and left without saving"
+        report(what, "continue with --resume", 128 + signal.SIGTERM, consequence=True)

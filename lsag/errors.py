@@ -12,6 +12,12 @@ class LsagError(Exception):
         self.fix = fix
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 class UsageError(LsagError, ValueError):
     """A name, option or configuration value that cannot be used."""
 
@@ -22,6 +28,10 @@ class InputError(LsagError, ValueError):
     """A dataset, image, checkpoint or ONNX file that is missing, damaged or of another kind."""
 
     exit_code = 3
+
+
+class DamagedError(InputError):
+    """A file whose content is not what was once written."""
 
 
 class UnavailableError(LsagError, RuntimeError):

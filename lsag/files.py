@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lsag.errors import LsagError, OutputError
+from lsag.errors import LsagError, OutputError, first_line
 from lsag.failpoints import failpoint
 
 CHUNK = 2**24
@@ -22,11 +22,10 @@ def writing(path: Path) -> Iterator[None]:
     except LsagError:
         raise
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         fix = (
             "create the folder first" if isinstance(error, FileNotFoundError) else "free space or choose another place"
         )
-        raise OutputError(f"cannot write {path}: {reason}", fix) from error
+        raise OutputError(f"cannot write {path}: {first_line(error)}", fix) from error
 
 
 @contextmanager

@@ -5,7 +5,6 @@ private folder that it is alive and, when it fails, why; so that one line can na
 """
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lsag.errors import LsagError, UnavailableError, WorkerError
+from lsag.errors import LsagError, UnavailableError, WorkerError, first_line
 
 LAUNCH_FOLDER, LAUNCHER = "LSAG_LAUNCH_FOLDER", "LSAG_LAUNCHER"
 SILENT_SECONDS = 60
@@ -33,16 +32,17 @@ def launch(
     processes: int,
     nodes: int = 1,
     endpoint: str | None = None,
+    run_id: str = "lsag",
     max_restarts: int = 0,
     fix: str = "",
 ) -> None:
     """Run `command` as `processes` ranks here, together with those of `nodes` - 1 other machines; wait for their end.
 
-    Several machines meet at `endpoint`, HOST:PORT on one of them. After a failure, all ranks are started again up to
-    `max_restarts` times. Raises what the first of the ranks to fail raised, or WorkerError for one that was killed;
-    `fix` is what to do then. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on.
+    Several machines meet at `endpoint`, HOST:PORT on one of them, under the name `run_id`. After a failure, all ranks
+    are started again up to `max_restarts` times. Raises what the first of the ranks to fail raised, or WorkerError for
+    one that was killed; `fix` is what to do then. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -56,17 +56,20 @@ def launch(
     if nodes == 1:
         # Nothing listens beyond this machine: the agent and its ranks meet in files, gloo and NCCL on the loopback.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        if sys.platform == "linux":
-            os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
         meeting: dict[str, Any] = {"rdzv_endpoint": str(folder / "agents"), "rdzv_configs": {"store_type": "file"}}
     else:
         meeting = {"rdzv_endpoint": endpoint}
+    hangup_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
         nproc_per_node=processes,
         rdzv_backend="c10d",
-        run_id="lsag",
+        run_id=run_id,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
+        signals_to_handle="SIGTERM,SIGINT" if hangup_ignored else "SIGTERM,SIGINT,SIGHUP",
         max_restarts=max_restarts,
         monitor_interval=0.1,
         shutdown_timeout=30,
@@ -83,7 +86,9 @@ def launch(
     except ChildFailedError as error:
         failures = error.failures
     except Exception as error:
-        raise UnavailableError(f"the processes could not be started: {str(error).splitlines()[0]}", fix) from error
+        raise UnavailableError(
+            f"the processes could not be started, or did not meet: {first_line(error)}", "see docs/cluster.md"
+        ) from error
     finally:
         over.set()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -91,12 +96,15 @@ def launch(
         _wait_for_ranks(folder)
         reports = _reports(folder)
         shutil.rmtree(folder, ignore_errors=True)
+    reports.sort(key=lambda report: report["time"])
     causes = [report for report in reports if not report["consequence"]]
+    if failures:
+        # When a rank fails the agent ends the others with SIGTERM: that is no cause.
+        causes = [report for report in causes if report["code"] != 128 + signal.SIGTERM]
     if causes:
-        first = min(causes, key=lambda report: report["time"])
-        raise _with_code(first["what"], first["fix"], first["code"])
-    if stopped_by:
-        raise _with_code("stopped before the training began", fix, 128 + stopped_by)
+        raise _with_code(causes[0]["what"], causes[0]["fix"], causes[0]["code"])
+    if stopped_by and not reports:
+        raise _with_code(f"stopped by {signal.Signals(stopped_by).name} before it began", "", 128 + stopped_by)
     killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
     if killed:
         # The agent ends the others with SIGTERM; what came before that is the cause.
@@ -105,6 +113,8 @@ def launch(
         name = signal.Signals(-failure.exitcode).name
         hint = ", likely for want of memory" if name == "SIGKILL" else ""
         raise WorkerError(f"rank {rank} (process {failure.pid}) was killed by {name}{hint}", fix)
+    if reports:
+        raise _with_code(reports[0]["what"], fix, reports[0]["code"])
     if failures:
         rank, failure = next(iter(failures.items()))
         raise WorkerError(f"rank {rank} ended with exit code {failure.exitcode} and without a word", fix)
@@ -134,18 +144,18 @@ def keep_alive() -> Iterator[None]:
     if not launched():
         yield
         return
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() != int(os.environ[LAUNCHER]):
-        raise WorkerError("the launcher is gone", "start it again with --resume")
+    launcher = int(os.environ[LAUNCHER])
     alive, over = _file("alive"), threading.Event()
     alive.write_text(str(os.getpid()))
 
     def beat() -> None:
+        told = False
         while not over.wait(1):
             with contextlib.suppress(OSError):
                 alive.touch()
+            if os.getppid() != launcher and not told:
+                told = True
+                os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=beat, daemon=True).start()
     try:
@@ -166,9 +176,12 @@ def _ranks(folder: Path) -> dict[Path, int]:
     for path in folder.glob("alive-*"):
         with contextlib.suppress(OSError, ValueError):
             process = int(path.read_text())
-            # ChildProcessError for a number that is no child of this process, and may belong to anyone by now.
-            if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-                found[path] = process
+            # An error for a number that is no child of this process, and may belong to anyone by now.
+            if not hasattr(os, "waitid"):
+                os.kill(process, 0)
+            elif os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                continue
+            found[path] = process
     return found
 
 

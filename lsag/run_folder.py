@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lsag.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from lsag.errors import InputError, OutputError
+from lsag.errors import DamagedError, InputError, OutputError
 from lsag.failpoints import failpoint
 from lsag.files import replacing, sync_folder, writing
 
@@ -100,13 +100,13 @@ class RunFolder:
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; damaged ones are renamed to *.corrupt. None where there never was one.
 
-        InputError if there are checkpoints, but none is whole.
+        InputError if there are checkpoints, but none is whole, or one cannot be read or is of a newer format.
         """
         files = step_files(self.path)
         for path in files:
             try:
                 return load_checkpoint(path)
-            except InputError as error:
+            except DamagedError as error:
                 with writing(path):
                     path.rename(path.with_suffix(".pt.corrupt"))
                 logger.warning("%s; it is kept as %s.corrupt, and an older one is tried", error.what, path.name)
@@ -171,7 +171,7 @@ class _Log:
         """Remove the rows that are torn or not to be kept; gives those that stay."""
         rows, lines = [], []
         with writing(self.path):
-            text = self.path.read_text() if self.path.exists() else ""
+            text = self.path.read_text(errors="replace") if self.path.exists() else ""
         for line in text.splitlines(keepends=True):
             try:
                 row = json.loads(line)

@@ -11,7 +11,7 @@ from typing import Any, Self
 from lsag.errors import InterruptedByUserError, LsagError, TerminatedError
 
 STUCK_SECONDS = 10
-"""How long after SIGTERM one process of several may go on with its step: then its peers are gone, and it leaves."""
+"""How long after SIGTERM one process of several may take to end its step. Its peers may be gone: then it never does."""
 
 
 class StopRequestedError(BaseException):
@@ -38,6 +38,8 @@ class Signals:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -76,8 +78,8 @@ def stopped(number: int, what: str, fix: str) -> LsagError:
 
 
 @contextlib.contextmanager
-def leaving_when_stuck(acknowledged: Callable[[], bool]) -> Iterator[None]:
-    """Leave the process STUCK_SECONDS after a SIGTERM that the main thread has not acknowledged by then.
+def leaving_when_stuck(acknowledged: Callable[[], bool], *, last_words: Callable[[], object]) -> Iterator[None]:
+    """Leave the process, after `last_words`, STUCK_SECONDS after a SIGTERM that is not acknowledged by then.
 
     Where a peer died, the main thread may wait in a collective that never ends and in which Python cannot handle the
     signal; the C level can still write it to a pipe, which a thread reads.
@@ -93,6 +95,7 @@ def leaving_when_stuck(acknowledged: Callable[[], bool]) -> Iterator[None]:
     def watch() -> None:
         while number := os.read(reader, 1):
             if number[0] == signal.SIGTERM and not over.wait(STUCK_SECONDS) and not acknowledged():
+                last_words()
                 os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

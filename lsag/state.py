@@ -46,6 +46,8 @@ class State:
     classes: tuple[str, ...]
     dataset: str
     """Fingerprint of the images."""
+    ways: dict[str, Any]
+    """How it is computed; another way is no other run, but does not give the same bits."""
     position: Position
 
     @property
@@ -64,6 +66,7 @@ class State:
             "weights": self.model.state_dict() if self.ema else None,
             "ema_updates": int(self.ema.n_averaged) if self.ema else 0,
             "dataset": self.dataset,
+            "ways": self.ways,
         }
         return Checkpoint(self.evaluated, self.preset, self.classes, position.epoch, metrics, training)
 
@@ -89,6 +92,12 @@ class State:
 
     def check_same_run(self, checkpoint: Checkpoint, *, allow_change: Sequence[str], where: Path) -> None:
         """UsageError if `checkpoint` is of another run: other settings, classes or images than this one's."""
+        known = changed_keys(None, self.preset)
+        unknown = [key for key in allow_change if key not in known and key != "data"]
+        if unknown:
+            raise UsageError(
+                f"--allow-change {unknown[0]}: no such setting", "see lsag train --dry-run; 'data' for images"
+            )
         different = [key for key in changed_keys(checkpoint.preset, self.preset) if key not in allow_change]
         if different:
             allowed = [f"--allow-change {key}" for key in different[:5] if not key.startswith("model.")]

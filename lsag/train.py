@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from lsag.data import (
     train_loader,
 )
 from lsag.device import autocast, autocast_dtype
-from lsag.distributed import joined, lost_peers
+from lsag.distributed import joined, lost_peers, world_size_here
 from lsag.errors import CheckError, InputError, LsagError, OutputError, UsageError, WorkerError
 from lsag.evaluate import classifier, evaluate
 from lsag.failpoints import failpoint
@@ -54,6 +55,8 @@ REPORT_SECONDS = 0.5
 """How often a Step is reported."""
 CURVES_SECONDS = 30
 """How often at most the curves are drawn, after an epoch."""
+EVAL_BATCH = 128
+"""Images that a rank evaluates at a time; it does not depend on the number of ranks, so that they all give the same."""
 MAX_SKIPPED = 10
 """Steps in a row whose loss or gradient may be not finite; they are skipped."""
 
@@ -111,12 +114,17 @@ def train(
 
         # Data
         def source(*, train: bool) -> Source:
-            found = open_split(
-                preset.data.dataset, data_dir, train=train, in_channels=preset.model.in_channels, download=download
-            )
+            may = download and world.local_rank == 0
+            channels = preset.model.in_channels
+            found = open_split(preset.data.dataset, data_dir, train=train, in_channels=channels, download=may)
             return found.packed() if isinstance(found, FolderSource) else found
 
-        train_source, eval_source = source(train=True), source(train=False)
+        # One process of each machine comes first: what it downloads, the others find.
+        if world.local_rank == 0:
+            train_source, eval_source = source(train=True), source(train=False)
+        world.total([0])
+        if world.local_rank != 0:
+            train_source, eval_source = source(train=True), source(train=False)
         check_classes(
             train_source.classes, eval_source.classes, what="the training split", where="the evaluation split"
         )
@@ -132,8 +140,8 @@ def train(
         world.check_equal("preset", preset.model_dump_json())
         world.check_equal("dataset", dataset)
         if workers is None:
-            workers = choose_workers(len(train_source), processes=world.processes_here)
-        recipe, eval_batch = preset.train, preset.train.batch_size
+            workers = choose_workers(len(train_source), processes=world_size_here())
+        recipe, eval_batch = preset.train, min(preset.train.batch_size, EVAL_BATCH)
         order = EpochBatches(len(train_source), preset, rank=world.rank, size=world.size, accum=accum)
         loader = train_loader(train_source, preset, order, workers=workers, pin=on.type == "cuda")
         eval_batches = eval_loader(
@@ -166,7 +174,8 @@ def train(
         if recipe.ema_decay:
             ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
         position = Position()
-        state = State(model, optimizer, scaler, ema, preset, classes, dataset, position)
+        ways = {"slices": world.size * accum, "ranks": world.size, "precision": str(dtype).removeprefix("torch.")}
+        state = State(model, optimizer, scaler, ema, preset, classes, dataset, ways, position)
         if checkpoint is not None:
             state.check_same_run(checkpoint, allow_change=allow_change, where=out)
         classify = classifier(state.checkpoint(), on)
@@ -190,8 +199,17 @@ def train(
             state.restore(checkpoint)
             position = state.position
             if not 0 <= position.step - position.epoch * steps_per_epoch <= steps_per_epoch:
-                raise UsageError(f"{out} is a run with other epochs, in steps", "give its batch size and data")
+                raise UsageError(
+                    f"step {position.step} of {out} lies outside its epoch: other batch size or number of images",
+                    "give it those it had",
+                )
             notes.append(f"continues after step {position.step}")
+            earlier = (checkpoint.training or {}).get("ways", ways)
+            other = [
+                f"{key} {earlier.get(key)} before, {way} now" for key, way in ways.items() if earlier.get(key) != way
+            ]
+            if other:
+                notes.append(f"computed another way, so not to the same bits: {', '.join(other)}")
         history = []
         if folder:
             folder.check_space(num_parameters * 4 * (4 if ema else 3))  # fp32: weights, moving average, AdamW's moments
@@ -203,16 +221,18 @@ def train(
         def persist(write: Callable[[], object]) -> None:
             """Write to the run folder, and when that fails, again for a while: disks are emptied, mounts come back."""
             nonlocal saving
-            start = time.monotonic()
-            for attempt in range(sys.maxsize):
+            start, failed = time.monotonic(), False
+            while True:
                 try:
                     write()
                     break
                 except OutputError as error:
-                    if attempt and (time.monotonic() - start > 60 * save_retry_minutes or signals.stop):
+                    stopping = signals.stop or signals.acknowledged
+                    if failed and (time.monotonic() - start > 60 * save_retry_minutes or stopping):
                         raise
-                    if not attempt:
+                    if not failed:
                         logger.warning("%s; trying again for %g minutes", error.what, save_retry_minutes)
+                    failed = True
                     time.sleep(1)
             saving += time.monotonic() - start
 
@@ -228,6 +248,8 @@ def train(
             """Save, and wait until rank 0 has; the error to raise."""
             signals.acknowledged = True
             save()
+            for worker in active_children():
+                worker.kill()  # one that stands still would be waited for at the end
             world.total([0])
             return stopped(
                 int(number), f"step {position.step} is saved in {out}", f"continue with: lsag train --resume {out}"
@@ -265,8 +287,12 @@ def train(
                 order.epoch, order.first_step = epoch, position.step - epoch * steps_per_epoch
                 model.train()
                 epoch_start = report_time = time.monotonic()
-                waited = reported_wait = saving = 0.0
-                reported_steps, reported_loss = order.first_step, position.loss_sum
+                waited = reported_wait = 0.0
+                reported_steps, reported_loss, reported_losses = (
+                    order.first_step,
+                    position.loss_sum,
+                    position.loss_steps,
+                )
                 loading = batches(loader)
                 for done in range(order.first_step + 1, steps_per_epoch + 1):
                     # One step. Mixup and drop-path draw from generators that depend on the seed and on the slice, which
@@ -333,9 +359,9 @@ def train(
                     if interrupts or terminates:
                         raise stop(signals.stop or (signal.SIGTERM if terminates else signal.SIGINT))
                     if saves:
+                        save()
                         if signals.save:
                             logger.warning("step %d is saved in %s", position.step, out)
-                        save()
                         signals.save = False
 
                     now = time.monotonic()
@@ -344,17 +370,18 @@ def train(
                             with contextlib.suppress(OutputError):  # the next save tries again, and tells
                                 folder.steps.flush()
                         count, seconds = done - reported_steps, now - report_time
+                        losses = position.loss_steps - reported_losses
                         yield Step(
                             epoch=epoch + 1,
                             step=done,
-                            loss=(position.loss_sum - reported_loss) / count,
+                            loss=(position.loss_sum - reported_loss) / losses if losses else math.nan,
                             lr=lr,
                             images_per_second=count * recipe.batch_size / seconds,
                             data_wait=(waited - reported_wait) / seconds,
                             memory=peak_memory(on),
                         )
                         report_time, reported_steps, reported_wait = now, done, waited
-                        reported_loss = position.loss_sum
+                        reported_loss, reported_losses = position.loss_sum, position.loss_steps
                 train_seconds = max(time.monotonic() - epoch_start, 1e-9)
 
                 # Evaluate, record, save
@@ -391,6 +418,7 @@ def train(
                     skipped_steps=position.skipped,
                     seconds=before + time.monotonic() - began,
                 )
+                saving = 0.0  # what is saved from here on counts for the next epoch
                 failpoint("epoch_end")
                 history.append(asdict(summary))
                 if folder:
@@ -410,7 +438,8 @@ def train(
         except StopRequestedError:
             raise stop(signals.stop or signal.SIGTERM) from None
         except (InputError, WorkerError):
-            # A broken image, a dead worker, a lost peer: nothing of the steps done is lost. No other rank is needed.
+            # A broken image, a dead worker, a lost peer: what is done is saved, for which no other rank is needed. With
+            # NCCL a lost peer raises nothing here, but blocks: see leaving_when_stuck.
             if folder:
                 with contextlib.suppress(OutputError):
                     folder.save(state.checkpoint(), position.step)
@@ -440,18 +469,30 @@ def make_mixup(preset: Preset) -> Mixup | None:
     )
 
 
-def measure(preset: Preset, *, device: str = "auto", slice_size: int, steps: int = 3) -> tuple[float, int]:
+def measure(
+    preset: Preset,
+    *,
+    device: str = "auto",
+    slice_size: int,
+    precision: str = "auto",
+    compile: bool = False,
+    recompute: bool = False,
+    steps: int = 3,
+) -> tuple[float, int]:
     """Seconds that one training step on made-up images takes, a slice at a time, and the peak memory in bytes."""
     with joined(device) as world:
         on, size = world.device, preset.model.image_size
         model = LSAG(preset.model).to(on)
+        model.set_grad_checkpointing(recompute)
+        if compile:
+            model.compile()
         optimizer = make_optimizer(model, preset.train)
         images = torch.randn(slice_size, preset.model.in_channels, size, size, device=on)
         labels = torch.randint(preset.model.num_classes, (slice_size,), device=on)
         times = []
         for _ in range(steps + 1):  # the first warms up
             start = time.monotonic()
-            with autocast(on):
+            with autocast(on, autocast_dtype(on, precision)):
                 logits = model(images)
             F.cross_entropy(logits.float(), labels).backward()
             optimizer.step()

@@ -61,6 +61,7 @@ def main() -> None:
     """Run the command line: exit codes as in docs/errors.md, and for an error one line on stderr."""
     open_streams()
     signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until a training listens to it
     code = 0
     try:
         code = run()
@@ -72,7 +73,7 @@ def main() -> None:
         code = code or fail(f"cannot write to stdout: {error.strerror}", "free space or choose another place", 6)
     if code in (6, 128 + signal.SIGPIPE):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try to flush it once more
-    if launched():
+    if launched() or (code and "RANK" in os.environ):
         os._exit(code)  # a rank that lost its peers might wait for them in a destructor
     sys.exit(code)
 
@@ -118,7 +119,7 @@ def run() -> int:
             or "OutOfMemory" in type(error).__name__
             or "DefaultCPUAllocator" in str(error)
         ):
-            return fail("out of memory", "lower --set train.batch_size, eval --batch-size, or take a smaller model", 4)
+            return fail("out of memory", "train: --accum 2, --recompute; eval: lower --batch-size", 4)
         return bug(error)
 
 
@@ -143,6 +144,8 @@ def fail(what: str, fix: str, code: int, *, consequence: bool = False) -> int:
     if launched():
         report(what, fix, code, consequence=consequence)
         return 0 if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else code
+    if consequence and os.environ.get("RANK", "0") != "0":
+        return code
     room = MAX_ERROR - len(fix)
     line = (what if len(what) <= room else what[: room - 3] + "...") + (f" — {fix}" if fix else "")
     with contextlib.suppress(OSError):

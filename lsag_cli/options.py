@@ -12,6 +12,7 @@ import typer
 
 from lsag.config import Preset, load_preset, parse_override, preset_paths
 from lsag.errors import UsageError
+from lsag.launch import launched
 
 
 def complete_preset(incomplete: str) -> list[str]:
@@ -55,7 +56,8 @@ def leaving_at_once() -> Iterator[None]:
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        os.write(2, f"lsag: error: stopped by {signal.Signals(number).name} before it began\n".encode())
+        if not launched():  # the launcher says it
+            os.write(2, f"lsag: error: stopped by {signal.Signals(number).name} before it began\n".encode())
         os._exit(128 + number)
 
     previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}

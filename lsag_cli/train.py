@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lsag.config import Preset
-from lsag.errors import InputError, InterruptedByUserError, UnavailableError, UsageError
+from lsag.errors import InputError, InterruptedByUserError, TerminatedError, UnavailableError, UsageError
 from lsag.launch import launch, launched
 from lsag_cli.options import (
     DataDir,
@@ -42,6 +42,7 @@ RUNS, MACHINES, SAVING, SPEED = "Runs", "Many devices", "Saving", "Speed and mem
 
 
 def train(
+    context: typer.Context,
     run_folder: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="With --resume: the run to go on with.")
     ] = None,
@@ -124,6 +125,8 @@ def train(
         raise UsageError("--allow-change is for a run that is resumed", "add --resume")
     if reset_head and not init_from:
         raise UsageError("--reset-head is for --init-from", "add --init-from CHECKPOINT")
+    if (nodes > 1) != (rdzv_endpoint is not None) or (nodes > 1 and not (out or run_folder)):
+        raise UsageError("several machines need --nodes, --rdzv-endpoint and --out, all three", "see docs/cluster.md")
     if probe and not dry_run:
         raise UsageError("--probe is for --dry-run", "add --dry-run")
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -138,29 +141,40 @@ def train(
     device, processes = place(gpus, device, procs)
     resolved.slice_size(processes * nodes * accum)
     if dry_run:
-        return show_plan(resolved, as_json, accum=accum, processes=processes * nodes, device=device if probe else None)
+        way = {"device": device, "precision": precision, "compile": compile, "recompute": recompute} if probe else None
+        return show_plan(resolved, as_json, accum=accum, processes=processes * nodes, probe=way)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        resume = True
-
     with leaving_at_once():
-        from lsag.distributed import world_in_environment
+        from lsag.distributed import world_in_environment, world_size_here
         from lsag.progress import Epoch, Finished, Started, Step
+        from lsag.run_folder import check_run_folder
         from lsag.train import train as run
 
-    world = world_in_environment()
-    if world is None and (processes > 1 or nodes > 1 or max_restarts):
-        if nodes > 1 and not rdzv_endpoint:
-            raise UsageError(f"{nodes} machines need a place to meet", "--rdzv-endpoint HOST:PORT, one of them")
-        again = [] if resume else ["--out", str(out)]
+    again = continuation(context, out)
+    spread = processes > 1 or nodes > 1 or max_restarts > 0
+    # Inside a job of SLURM, --nodes means that one task on each node launches the others.
+    world = None if nodes > 1 and "RANK" not in os.environ else world_in_environment()
+    if world is None and spread:
+        ranks = ["--preset", preset or DEFAULT_PRESET, *([] if run_folder else ["--out", str(out)])]
+        if max_restarts and not resume:
+            if nodes > 1:
+                raise UsageError("--max-restarts on several machines needs --resume", "add it: it begins a run too")
+            check_run_folder(out, resume=False)
+            ranks.append("--resume")  # begins the run, and goes on with it when it is started again
         return launch(
-            [sys.executable, "-m", "lsag_cli", *sys.argv[1:], *again],
+            [sys.executable, "-m", "lsag_cli", *sys.argv[1:], *ranks],
             processes=processes,
             nodes=nodes,
             endpoint=rdzv_endpoint,
+            run_id=f"lsag {out}",
             max_restarts=max_restarts,
-            fix=f"continue with: lsag train --resume {shlex.quote(str(out))}",
+            fix=f"continue with: {again}",
+        )
+    if world and not launched() and spread and (nodes > 1 or max_restarts or processes != world_size_here()):
+        raise UsageError(
+            f"RANK or SLURM_PROCID says that this is one of {world[1]} processes, {world_size_here()} of them here",
+            "leave out --gpus, --procs, --nodes and --max-restarts",
         )
     leads = world is None or world[0] == 0
     logging.basicConfig(level=logging.WARNING if leads else logging.ERROR, handlers=[NoteHandler()])
@@ -198,10 +212,12 @@ def train(
                 display.epoch(event)
             elif isinstance(event, Finished):
                 finished = event
+    except (InterruptedByUserError, TerminatedError) as error:
+        error.fix = f"continue with: {again}" if display or not leads else ""
+        raise
     except KeyboardInterrupt:
-        raise InterruptedByUserError(
-            "interrupted twice, at once", f"continue with: lsag train --resume {out}"
-        ) from None
+        what = "interrupted twice, at once" if display else "interrupted before it began"
+        raise InterruptedByUserError(what, f"continue with: {again}" if display else "") from None
     finally:
         if display:
             display.close()
@@ -224,6 +240,29 @@ def train(
     say(f"everything is in {out}: best.pt, curves.png, metrics.jsonl, and checkpoints to go on from")
     for command in next_steps:
         say(f"next: {command}")
+
+
+def continuation(context: typer.Context, out: Path) -> str:
+    """The command that goes on with this run in the same way: with all that its preset does not say."""
+    recipe: tuple[str, ...] = (
+        "run_folder",
+        "preset",
+        "dataset",
+        "epochs",
+        "overrides",
+        "out",
+        "dry_run",
+        "probe",
+        "as_json",
+        "resume",
+    )
+    recipe += ("allow_change", "init_from", "reset_head")
+    words = ["lsag", "train", "--resume", str(out)]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name not in recipe and value != parameter.default:
+            words += [parameter.opts[0], *([] if value is True else [str(value)])]
+    return shlex.join(words)
 
 
 def newest_run() -> Path:
@@ -295,8 +334,8 @@ class NoteHandler(logging.Handler):
             note(f"lsag: {record.getMessage()}")
 
 
-def show_plan(preset: Preset, as_json: bool, *, accum: int, processes: int, device: str | None) -> None:
-    """The resolved preset and what training it means; with a `device`, time and memory measured there."""
+def show_plan(preset: Preset, as_json: bool, *, accum: int, processes: int, probe: dict[str, Any] | None) -> None:
+    """The resolved preset and what training it means; with a `probe`, time and memory measured in that way."""
     from lsag.config import DATASETS
     from lsag.flops import count
 
@@ -321,11 +360,11 @@ def show_plan(preset: Preset, as_json: bool, *, accum: int, processes: int, devi
         "slice_size": preset.slice_size(processes * accum),
         "peak_lr": recipe.lr * recipe.lr_scale,
     }
-    if device is not None:
+    if probe is not None:
         with leaving_at_once():
             from lsag.train import measure
 
-        seconds, memory = measure(preset, device=device, slice_size=plan["slice_size"])
+        seconds, memory = measure(preset, slice_size=plan["slice_size"], **probe)
         plan |= {"step_seconds": seconds * accum, "memory_bytes": memory}
         plan["training_seconds"] = plan["steps"] and plan["steps"] * plan["step_seconds"]
     if as_json:
@@ -339,7 +378,7 @@ def show_plan(preset: Preset, as_json: bool, *, accum: int, processes: int, devi
     say(f"steps            {recipe.epochs} epochs of {steps or 'as many steps as the folder has batches'}")
     say(f"effective batch  {recipe.batch_size} = {processes} devices x {accum} slices x {plan['slice_size']} images")
     say(f"peak lr          {plan['peak_lr']:.3g} ({recipe.lr:g} x {recipe.batch_size} / 512)")
-    if device is not None:
+    if probe is not None:
         say(f"a step           {plan['step_seconds']:.3f} s, measured on one device; without loading and evaluation")
         say(f"memory           {plan['memory_bytes'] / 2**30:.2f} GiB at its peak")
         if plan["training_seconds"]:

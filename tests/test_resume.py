@@ -62,6 +62,7 @@ def assert_equal(a, b):
     [
         ({}, 0.0),
         ({"accum": 4}, 0.9),
+        ({"workers": 2}, 0.0),  # whose random draws are not this process's
         pytest.param({"precision": "fp16"}, 0.9, marks=pytest.mark.slow),
         pytest.param({"precision": "bf16", "recompute": True}, 0.0, marks=pytest.mark.slow),
     ],
@@ -156,6 +157,16 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, preset, caplog):
         run(preset, tmp_path / "run", resume=True)
 
 
+def test_a_checkpoint_of_the_future_is_not_called_damaged(tmp_path, preset):
+    stop_after(preset, tmp_path / "run", 5)
+    newest = max((tmp_path / "run").glob("step-*.pt"))
+    contents = torch.load(newest)
+    torch.save({**contents, "format": 2}, newest)
+    with pytest.raises(InputError, match=r"format 2, this lsag reads 1 — upgrade lsag"):
+        run(preset, tmp_path / "run", resume=True)
+    assert newest.exists()
+
+
 def test_torn_logs_are_mended(tmp_path, preset):
     run(preset, tmp_path / "whole")
     stop_after(preset, tmp_path / "run", 30)
@@ -174,10 +185,12 @@ def test_another_run_is_not_gone_on_with(tmp_path, preset):
         run(slower, tmp_path / "run", resume=True)
     with pytest.raises(UsageError, match=r"another model.drop_path — leave the settings as they were$"):
         run(changed(preset, {"model.drop_path": 0.3}), tmp_path / "run", resume=True)
-    with pytest.raises(UsageError, match="other epochs, in steps"):
+    with pytest.raises(UsageError, match="lies outside its epoch"):
         stop_after(preset, tmp_path / "late", 25)
         smaller = changed(preset, {"train.batch_size": 32})
         run(smaller, tmp_path / "late", resume=True, allow_change=["train.batch_size"])
+    with pytest.raises(UsageError, match=r"--allow-change train.lrr: no such setting"):
+        run(slower, tmp_path / "run", resume=True, allow_change=["train.lrr"])
     events = run(slower, tmp_path / "run", resume=True, allow_change=["train.lr", "train.weight_decay"])
     assert isinstance(events[-1], Finished)
 
@@ -323,7 +336,8 @@ def test_any_number_of_ranks_evaluates_alike(tmp_path):
         (["--procs", "3", "--device", "cpu"], 2, ["64 cannot be cut into 3", "60 or 66"]),
         (["--gpus", "many"], 2, ["no number of GPUs"]),
         (["--gpus", "0,99"], 4, ["asked for GPUs 0,99, found"]),
-        (["--nodes", "2", "--device", "cpu"], 2, ["--rdzv-endpoint"]),
+        (["--nodes", "2", "--device", "cpu"], 2, ["--nodes, --rdzv-endpoint and --out"]),
+        (["--rdzv-endpoint", "localhost:1", "--out", "x"], 2, ["--nodes, --rdzv-endpoint and --out"]),
         (["--reset-head"], 2, ["--init-from"]),
         (["--allow-change", "train.lr"], 2, ["--resume"]),
         (["--probe"], 2, ["--dry-run"]),
@@ -333,6 +347,14 @@ def test_any_number_of_ranks_evaluates_alike(tmp_path):
 )
 def test_refusals(lsag, arguments, code, words):
     assert_refused(lsag("train", *arguments), code, *words)
+
+
+def test_a_launcher_inside_a_launched_rank_is_refused(lsag):
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    asked = ["train", "--device", "cpu", "--procs", "4"]
+    assert_refused(
+        lsag(*asked, env=world), 2, "this is one of 2 processes, 1 of them here", "leave out --gpus, --procs"
+    )
 
 
 def test_half_an_environment_is_refused(lsag):
