@@ -210,7 +210,7 @@ def train(
             ]
             if other:
                 notes.append(f"computed another way, so not to the same bits: {', '.join(other)}")
-        history = []
+        fresh, checkpoint, history = checkpoint is None, None, []  # its tensors are copied by now
         if folder:
             folder.check_space(num_parameters * 4 * (4 if ema else 3))  # fp32: weights, moving average, AdamW's moments
             folder.steps.rewind(lambda row: row.get("step", math.inf) <= position.step)
@@ -264,7 +264,7 @@ def train(
         if folder:
             with replacing(out / PRESET) as file:
                 file.write(preset.model_dump_json(indent=2).encode() + b"\n")
-            if checkpoint is None:
+            if fresh:
                 folder.save(state.checkpoint(), 0)
             saved = position.step, position.epoch
         yield Started(

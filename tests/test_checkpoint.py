@@ -162,6 +162,15 @@ def test_a_failed_write_leaves_what_was_there(saved, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["a.pt"]
 
 
+def test_what_reads_back_differently_is_thrown_away(saved, monkeypatch):
+    path, original = saved
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.pwrite(descriptor, b"?", 1000))
+    with pytest.raises(OutputError, match="reads back differently"):
+        save_checkpoint(path, original)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["a.pt"]
+
+
 def test_replacing_needs_a_folder(tmp_path):
     with pytest.raises(OutputError, match="No such file"), replacing(tmp_path / "absent" / "a.pt"):
         pass

@@ -110,6 +110,8 @@ class Server:
     def close(self) -> None:
         assert self.process.stdin
         self.process.stdin.close()
+        for process in children(self.process.pid):  # of a test that failed
+            os.kill(process, signal.SIGKILL)
         self.process.wait(30)
 
 
