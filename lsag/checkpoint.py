@@ -122,6 +122,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         preset = validate_preset(contents["preset"], origin=f"the preset in {path}")
         classes, weights = tuple(contents["classes"]), contents["model"]
         epoch, metrics, training = int(contents["epoch"]), dict(contents["metrics"]), contents.get("training")
+        if not isinstance(training, dict | None):
+            raise ValueError("the state of its training is no table")
         if len(classes) != preset.model.num_classes:
             raise ValueError(f"{len(classes)} class names for {preset.model.num_classes} classes")
         with torch.device("meta"):

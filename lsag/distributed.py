@@ -94,14 +94,14 @@ def world_in_environment() -> tuple[int, int, int] | None:
     UsageError if they are incomplete.
     """
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "RANK" not in os.environ:
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
         names = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]
-    elif not any(name in os.environ for name in names):
+    elif not any(os.environ.get(name) for name in names):
         return None
     missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UsageError(
-            f"the environment has {next(name for name in names if name in os.environ)}, but not {', '.join(missing)}",
+            f"the environment has {next(name for name in names if os.environ.get(name))}, but not {', '.join(missing)}",
             "see docs/cluster.md, or unset all of them",
         )
     try:

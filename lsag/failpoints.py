@@ -7,9 +7,12 @@ variable a failpoint does nothing. Where they are and what they prove: docs/reli
 
 import errno
 import os
+import re
 import signal
 import time
 from collections import Counter
+
+from lsag.errors import UsageError
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO}
@@ -24,10 +27,12 @@ def failpoint(name: str) -> bool:
         return False
     _reached[name] += 1
     for point in _armed:
-        wanted, count, kind = point.split(":")
-        kind, _, rank = kind.partition("@")
+        form = re.fullmatch(r"(\w+):(\d+)(\+?):(kill|term|int|enospc|eio|hang|nan)(?:@(\d+))?", point)
+        if form is None:
+            raise UsageError(f"LSAG_FAILPOINT {point!r} is not of the form name:count:kind", "unset it")
+        wanted, count, lasting, kind, rank = form.groups()
         # "3" is the third time only, "3+" the third and all later ones.
-        hit = _reached[name] >= int(count[:-1]) if count.endswith("+") else _reached[name] == int(count)
+        hit = _reached[name] >= int(count) if lasting else _reached[name] == int(count)
         if wanted != name or not hit or (rank and rank != os.environ.get("RANK", "0")):
             continue
         if kind in SIGNALS:

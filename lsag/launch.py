@@ -128,7 +128,7 @@ def _with_code(what: str, fix: str, code: int) -> LsagError:
 
 def launched() -> bool:
     """Whether this process is a rank that `launch` started, which reports its errors to the launcher."""
-    return os.environ.get(LAUNCHER, str(os.getpid())) != str(os.getpid())
+    return os.environ.get(LAUNCHER) == str(os.getppid()) and Path(os.environ.get(LAUNCH_FOLDER, "")).is_dir()
 
 
 def report(what: str, fix: str, code: int, *, consequence: bool) -> None:
@@ -142,6 +142,9 @@ def report(what: str, fix: str, code: int, *, consequence: bool) -> None:
 def keep_alive() -> Iterator[None]:
     """Give the launcher, if there is one, signs of life; and end when it ends."""
     if not launched():
+        if Path(os.environ.get(LAUNCH_FOLDER, "/dev/null")).is_dir():
+            what = f"the launcher that {LAUNCHER} names is gone, or did not start this process"
+            raise WorkerError(what, f"start again with --resume; or unset {LAUNCHER} and {LAUNCH_FOLDER}")
         yield
         return
     launcher = int(os.environ[LAUNCHER])

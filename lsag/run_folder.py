@@ -1,5 +1,6 @@
 """The folder of one training: its lock, its logs and its checkpoints, of which a valid one is there at any moment."""
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -97,7 +98,7 @@ class RunFolder:
         """Give the lock back."""
         self._lock.close()
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self) -> tuple[Path, Checkpoint] | None:
         """The newest checkpoint that is whole; damaged ones are renamed to *.corrupt. None where there never was one.
 
         InputError if there are checkpoints, but none is whole, or one cannot be read or is of a newer format.
@@ -105,11 +106,14 @@ class RunFolder:
         files = step_files(self.path)
         for path in files:
             try:
-                return load_checkpoint(path)
+                checkpoint = load_checkpoint(path)
+                if (checkpoint.training or {}).get("step") != int(path.stem.removeprefix("step-")):
+                    raise DamagedError(f"{path} holds another step than its name says")
+                return path, checkpoint
             except DamagedError as error:
                 with writing(path):
                     path.rename(path.with_suffix(".pt.corrupt"))
-                logger.warning("%s; it is kept as %s.corrupt, and an older one is tried", error.what, path.name)
+                logger.warning("%s; it is passed over, and kept as %s.corrupt", error.what, path.name)
         if files:
             raise InputError(f"none of the {len(files)} checkpoints in {self.path} is whole", "start again elsewhere")
         return None
@@ -171,15 +175,15 @@ class _Log:
         """Remove the rows that are torn or not to be kept; gives those that stay."""
         rows, lines = [], []
         with writing(self.path):
+            if self.path.exists() and not self.path.is_file():
+                raise OutputError(f"{self.path} is not a regular file", "remove it")
             text = self.path.read_text(errors="replace") if self.path.exists() else ""
         for line in text.splitlines(keepends=True):
-            try:
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # of what is no row of ours
                 row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and line.endswith("\n") and keep(row):
-                rows.append(row)
-                lines.append(line)
+                if line.endswith("\n") and keep(row):
+                    rows.append(row)
+                    lines.append(line)
         if "".join(lines) != text:
             with replacing(self.path) as file:
                 file.write("".join(lines).encode())

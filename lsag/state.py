@@ -1,5 +1,6 @@
 """The state of a training: all that its continuation depends on, what is saved of it, and how it is put back."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -74,19 +75,31 @@ class State:
         """Put everything back as it was when `checkpoint` was saved. InputError if that is not in it."""
         try:
             training = checkpoint.training or {}
-            self.model.load_state_dict(training["weights"] or checkpoint.model.state_dict())
+            weights = training["weights"]
+            self.model.load_state_dict(checkpoint.model.state_dict() if weights is None else weights)
             if self.ema:
                 self.ema.module.load_state_dict(checkpoint.model.state_dict())
                 self.ema.n_averaged.fill_(training["ema_updates"])
             groups = self.optimizer.state_dict()["param_groups"]
             parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            position = Position(**{item.name: training[item.name] for item in fields(Position)})
+            for item in fields(Position):
+                value = getattr(position, item.name)
+                if type(value) is not item.type or not math.isfinite(value) or (item.type is int and value < 0):
+                    raise ValueError(f"its {item.name} is {value!r}")
+            # Empty before the first step that counted, else complete.
+            wanted = range(len(parameters)) if position.step > position.skipped else ()
+            if set(training["optimizer"]) != set(wanted):
+                raise ValueError("the optimizer's state is not complete")
             for index, moments in training["optimizer"].items():
-                if any(moments[name].shape != parameters[index].shape for name in ("exp_avg", "exp_avg_sq")):
-                    raise ValueError(f"the optimizer's state of weight {index} has another shape")
+                for name in ("exp_avg", "exp_avg_sq"):
+                    found, weight = moments[name], parameters[index]
+                    if (found.shape, found.dtype) != (weight.shape, weight.dtype) or not found.isfinite().all():
+                        raise ValueError(f"the optimizer's {name} of weight {index} does not fit it")
             self.optimizer.load_state_dict({"state": training["optimizer"], "param_groups": groups})
             if self.scaler.is_enabled() and training["scaler"]:
                 self.scaler.load_state_dict(training["scaler"])
-            self.position = Position(**{item.name: training[item.name] for item in fields(Position)})
+            self.position = position
         except Exception as error:  # contents of any type may stand where ours are expected
             raise InputError(f"the newest checkpoint cannot be continued: {error}", "start another run") from error
 

@@ -151,14 +151,14 @@ def train(
         steps_per_epoch, classes = order.num_steps, tuple(train_source.classes)
 
         # Output: the lock, and the checkpoint to go on from
-        folder, checkpoint, notes = None, None, []
+        folder, path, checkpoint, notes = None, None, None, []
         if leads:
             folder = RunFolder(out)
             stack.callback(folder.close)
-            checkpoint = folder.newest()
-        last_step = world.of_rank_0(checkpoint and (checkpoint.training or {}).get("step"))
-        if last_step is not None and not leads:
-            checkpoint = load_checkpoint(out / f"step-{last_step:010d}.pt")
+            path, checkpoint = folder.newest() or (None, None)
+        path = world.of_rank_0(path)
+        if path is not None and not leads:
+            checkpoint = load_checkpoint(path)
 
         # Model
         torch.manual_seed(random_key(recipe.seed, "init"))
@@ -204,7 +204,7 @@ def train(
                     "give it those it had",
                 )
             notes.append(f"continues after step {position.step}")
-            earlier = (checkpoint.training or {}).get("ways", ways)
+            earlier = dict((checkpoint.training or {}).get("ways") or {})
             other = [
                 f"{key} {earlier.get(key)} before, {way} now" for key, way in ways.items() if earlier.get(key) != way
             ]
@@ -213,8 +213,8 @@ def train(
         fresh, checkpoint, history = checkpoint is None, None, []  # its tensors are copied by now
         if folder:
             folder.check_space(num_parameters * 4 * (4 if ema else 3))  # fp32: weights, moving average, AdamW's moments
-            folder.steps.rewind(lambda row: row.get("step", math.inf) <= position.step)
-            history = folder.epochs.rewind(lambda row: row.get("epoch", math.inf) <= position.epoch)
+            folder.steps.rewind(lambda row: row["step"] <= position.step)
+            history = folder.epochs.rewind(lambda row: Epoch(**row).epoch <= position.epoch)
         before, saving, saved, curves_drawn = position.seconds, 0.0, (-1, -1), -math.inf
         save_due = time.monotonic() + 60 * save_minutes
 
@@ -354,7 +354,7 @@ def train(
                     failpoint("after_opt")
                     if folder:
                         folder.steps.add(row)
-                    if position.skipped_in_a_row == MAX_SKIPPED:
+                    if position.skipped_in_a_row >= MAX_SKIPPED:
                         raise diverged(out, f"in {MAX_SKIPPED} steps in a row, up to step {done} of epoch {epoch + 1}")
                     if interrupts or terminates:
                         raise stop(signals.stop or (signal.SIGTERM if terminates else signal.SIGINT))

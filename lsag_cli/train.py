@@ -275,8 +275,10 @@ def newest_run() -> Path:
 
 def preset_of(out: Path) -> str:
     """The preset file of the run in `out`. InputError if nothing was saved there."""
-    if not any(out.glob("step-*.pt")) or not (out / "preset.json").is_file():
-        there = ", ".join(sorted(entry.name for entry in out.iterdir())[:5]) if out.is_dir() else "no such folder"
+    if not any(out.glob("step-" + "[0-9]" * 10 + ".pt")) or not (out / "preset.json").is_file():
+        there = "not a folder" if out.exists() else "no such folder"
+        if out.is_dir():
+            there = ", ".join(sorted(entry.name for entry in out.iterdir())[:5])
         raise InputError(
             f"nothing to go on with in {out} ({there or 'empty'})", "to begin a run there, give its --preset"
         )
@@ -310,7 +312,7 @@ def place(gpus: str | None, device: str, procs: int | None) -> tuple[str, int]:
     found = torch.cuda.device_count()
     asked = [str(index) for index in range(found)] if gpus == "all" else numbers
     if gpus != "all" and "," not in gpus:
-        asked = [str(index) for index in range(int(gpus))]
+        asked = [str(index) for index in range(min(int(gpus), found + 1))]
     if not asked or max(map(int, asked)) >= found:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         hint = f" (CUDA_VISIBLE_DEVICES={visible!r})" if visible is not None else ""

@@ -384,3 +384,58 @@ def test_tensorboard_gets_the_figures_of_the_log(lsag, tmp_path):
         (event,) = events.Scalars(f"epoch/{name}")
         assert (event.step, event.value) == (1, pytest.approx(row[name]))
     assert events.Scalars("train/lr")[-1].step == 22
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epoch", float("nan")),
+        ("epoch", -1),
+        ("best_top1", "a"),
+        ("loss_sum", None),
+        ("optimizer", {}),
+        ("weights", {}),
+    ],
+)
+def test_a_state_that_makes_no_sense_is_refused(tmp_path, preset, key, value):
+    stop_after(preset, tmp_path / "run", 5)
+    newest = max((tmp_path / "run").glob("step-*.pt"))
+    contents = torch.load(newest)
+    contents["training"][key] = value
+    torch.save(contents, newest)
+    with pytest.raises(InputError, match="cannot be continued"):
+        run(preset, tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_under_another_s_name_is_passed_over(tmp_path, preset, caplog):
+    stop_after(preset, tmp_path / "run", 5)
+    min((tmp_path / "run").glob("step-*.pt")).rename(tmp_path / "run/step-0000009999.pt")
+    events = run(preset, tmp_path / "run", resume=True)
+    assert "holds another step than its name says" in caplog.text and events[0].first_step < 100
+
+
+def test_logs_that_are_no_files_are_refused(tmp_path, preset):
+    stop_after(preset, tmp_path / "run", 5)
+    (tmp_path / "run/metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "run/metrics.jsonl")
+    with pytest.raises(OutputError, match="not a regular file"):
+        run(preset, tmp_path / "run", resume=True)
+
+
+def test_logs_that_are_no_logs_are_begun_anew(tmp_path, preset):
+    stop_after(preset, tmp_path / "run", 5)
+    (tmp_path / "run/metrics.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"epoch": "a"}\n{"step": 3}\n')
+    (tmp_path / "run/steps.jsonl").write_bytes(b'\x00\x00\n{"step": "a"}\n{"epoch": 1}\n')
+    run(preset, tmp_path / "run", resume=True)
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert len(losses(tmp_path / "run")) > 20
+
+
+def test_nonsense_in_the_environment(lsag):
+    assert_refused(lsag("train", env={"SLURM_STEP_NUM_TASKS": "x"}), 2, "SLURM_STEP_NUM_TASKS")
+    assert_refused(lsag("train", env={"LSAG_FAILPOINT": "garbage"}), 2, "name:count:kind")
+    assert_refused(lsag("train", "--gpus", "9" * 30), 4, "found")
+    assert_refused(lsag("train", "--gpus", "x", env={"LSAG_LAUNCHER": "1"}), 2, "no number of GPUs")
+    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    inherited = {"LSAG_LAUNCHER": "1", "LSAG_LAUNCH_FOLDER": "/tmp"}
+    assert_refused(lsag("train", env=world | inherited), 7, "unset LSAG_LAUNCHER")
