@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing import active_children
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -452,11 +451,11 @@ def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
                 batch = next(loading)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # A worker may also die between announcing a batch and handing it over.
+            cut_off = not isinstance(error, RuntimeError) and loader.num_workers
+            if not cut_off and "DataLoader" not in str(error):
                 raise
-            for worker in active_children():
-                worker.kill()  # one that stands still would be waited for
             raise WorkerError(
                 f"a process that prepares images died or stands still: {first_line(error)}",
                 "see its memory; --workers 0",

@@ -148,6 +148,9 @@ def keep_alive() -> Iterator[None]:
         yield
         return
     launcher = int(os.environ[LAUNCHER])
+    for old in _file("report").parent.glob("report-*"):
+        if old.name.split("-")[1] != os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"):
+            old.unlink(missing_ok=True)  # of an attempt that this one replaces
     alive, over = _file("alive"), threading.Event()
     alive.write_text(str(os.getpid()))
 

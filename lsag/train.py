@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +247,6 @@ def train(
             """Save, and wait until rank 0 has; the error to raise."""
             signals.acknowledged = True
             save()
-            for worker in active_children():
-                worker.kill()  # one that stands still would be waited for at the end
             world.total([0])
             return stopped(
                 int(number), f"step {position.step} is saved in {out}", f"continue with: lsag train --resume {out}"

@@ -7,15 +7,16 @@ import signal
 import sys
 import traceback
 from datetime import UTC, datetime
+from multiprocessing import active_children
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
 from lsag import __version__
-from lsag.errors import LsagError, PeerLostError, TerminatedError
+from lsag.errors import InterruptedByUserError, LsagError, PeerLostError, TerminatedError, WorkerError
 from lsag.launch import launched, report
 from lsag_cli import output
 from lsag_cli.evaluate import evaluate
@@ -74,7 +75,7 @@ def main() -> None:
     if code in (6, 128 + signal.SIGPIPE):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try to flush it once more
     if launched() or (code and "RANK" in os.environ):
-        os._exit(code)  # a rank that lost its peers might wait for them in a destructor
+        leave(code)
     sys.exit(code)
 
 
@@ -101,7 +102,10 @@ def run() -> int:
         code = typer.main.get_command(app).main(prog_name="lsag", standalone_mode=False) or 0
         return fail("interrupted", "", code) if code == 128 + signal.SIGINT else code  # typer takes Ctrl-C for itself
     except LsagError as error:
-        return fail(error.what, error.fix, error.exit_code, consequence=isinstance(error, PeerLostError))
+        code = fail(error.what, error.fix, error.exit_code, consequence=isinstance(error, PeerLostError))
+        if isinstance(error, WorkerError | InterruptedByUserError | TerminatedError):
+            leave(code)
+        return code
     except TyperException as error:
         return fail(error.format_message().rstrip("."), "see --help", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -121,6 +125,15 @@ def run() -> int:
         ):
             return fail("out of memory", "train: --accum 2, --recompute; eval: lower --batch-size", 4)
         return bug(error)
+
+
+def leave(code: int) -> NoReturn:
+    """End at once. A data worker or a rank that died or stands still may be waited for without end in a destructor."""
+    for worker in active_children():
+        worker.kill()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def bug(error: Exception) -> int:
