@@ -71,8 +71,6 @@ def launch(
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
         signals_to_handle="SIGTERM,SIGINT" if hangup_ignored else "SIGTERM,SIGINT,SIGHUP",
         max_restarts=max_restarts,
-        monitor_interval=0.1,
-        shutdown_timeout=30,
         **meeting,
     )
     over = threading.Event()
@@ -96,7 +94,6 @@ def launch(
         _wait_for_ranks(folder)
         reports = _reports(folder)
         shutil.rmtree(folder, ignore_errors=True)
-    reports.sort(key=lambda report: report["time"])
     causes = [report for report in reports if not report["consequence"]]
     if failures:
         # When a rank fails the agent ends the others with SIGTERM: that is no cause.
@@ -218,9 +215,9 @@ def _wait_for_ranks(folder: Path) -> None:
 
 
 def _reports(folder: Path) -> list[dict[str, Any]]:
-    """What the ranks of the last attempt reported."""
-    found: dict[int, list[dict[str, Any]]] = {}
+    """What the ranks reported, the earliest first."""
+    found = []
     for path in folder.glob("report-*"):
         with contextlib.suppress(OSError, ValueError):
-            found.setdefault(int(path.name.split("-")[1]), []).append(json.loads(path.read_text()))
-    return found[max(found)] if found else []
+            found.append(json.loads(path.read_text()))
+    return sorted(found, key=lambda report: report["time"])

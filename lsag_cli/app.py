@@ -7,7 +7,6 @@ import signal
 import sys
 import traceback
 from datetime import UTC, datetime
-from multiprocessing import active_children
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -129,6 +128,8 @@ def run() -> int:
 
 def leave(code: int) -> NoReturn:
     """End at once. A data worker or a rank that died or stands still may be waited for without end in a destructor."""
+    from multiprocessing import active_children
+
     for worker in active_children():
         worker.kill()
     with contextlib.suppress(OSError):

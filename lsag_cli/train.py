@@ -6,7 +6,6 @@ import logging
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ import typer
 from lsag.config import Preset
 from lsag.errors import InputError, InterruptedByUserError, TerminatedError, UnavailableError, UsageError
 from lsag.launch import launch, launched
+from lsag_cli.display import Display, duration
 from lsag_cli.options import (
     DataDir,
     Dataset,
@@ -30,14 +30,26 @@ from lsag_cli.options import (
     leaving_at_once,
     read_preset,
 )
-from lsag_cli.output import giga, is_terminal, mega, note, percent, print_json, say, stderr
+from lsag_cli.output import giga, note, percent, print_json, say
 
 if TYPE_CHECKING:
-    from lsag.train import Epoch, Started, Step
+    pass
 
 DEFAULT_PRESET = "digits-nano"
-LINE_SECONDS = 60
-"""Where stderr is no terminal, a line of progress appears at least so often."""
+NOT_REPEATED = {
+    "run_folder",
+    "preset",
+    "dataset",
+    "epochs",
+    "overrides",
+    "out",
+    "dry_run",
+    "probe",
+    "as_json",
+    "resume",
+}
+NOT_REPEATED |= {"allow_change", "init_from", "reset_head"}
+"""What a command that goes on with a run does not say again: the run says it."""
 RUNS, MACHINES, SAVING, SPEED = "Runs", "Many devices", "Saving", "Speed and memory"
 
 
@@ -244,23 +256,10 @@ def train(
 
 def continuation(context: typer.Context, out: Path) -> str:
     """The command that goes on with this run in the same way: with all that its preset does not say."""
-    recipe: tuple[str, ...] = (
-        "run_folder",
-        "preset",
-        "dataset",
-        "epochs",
-        "overrides",
-        "out",
-        "dry_run",
-        "probe",
-        "as_json",
-        "resume",
-    )
-    recipe += ("allow_change", "init_from", "reset_head")
     words = ["lsag", "train", "--resume", str(out)]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
-        if parameter.name not in recipe and value != parameter.default:
+        if parameter.name not in NOT_REPEATED and value != parameter.default:
             words += [parameter.opts[0], *([] if value is True else [str(value)])]
     return shlex.join(words)
 
@@ -397,88 +396,3 @@ def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(inner, f"{key}.{index}")
     else:
         yield key, value
-
-
-class Display:
-    """Progress of a training on stderr: a live bar on a terminal, elsewhere a plain line for each epoch or minute."""
-
-    def __init__(self, started: "Started", *, tensorboard: bool) -> None:
-        self.epochs, self.steps = started.preset.train.epochs, started.steps_per_epoch
-        self.begin, self.first_step, self.accuracy = time.monotonic(), started.first_step, "-"
-        self.next_line = self.begin + LINE_SECONDS
-        cut = (
-            "" if started.slice_size == started.preset.train.batch_size else f", {started.slice_size} images at a time"
-        )
-        note(
-            f"{started.preset.name}: {mega(started.parameters)} parameters on "
-            f"{f'{started.ranks} x ' if started.ranks > 1 else ''}{started.device}{cut}, "
-            f"{started.train_images:,} training and {started.eval_images:,} evaluation images, "
-            f"{self.epochs} epochs of {self.steps} steps; writing to {started.out}"
-        )
-        for line in started.notes:
-            note(line)
-        self.writer = tensorboard_writer(started) if tensorboard else None
-        self.bar = None
-        if is_terminal(sys.stderr):
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            text, bar = TextColumn("{task.description}"), BarColumn(bar_width=None)
-            self.bar = Progress(text, bar, console=stderr(), transient=True, expand=True)
-            self.task = self.bar.add_task("starting", total=self.epochs * self.steps, completed=self.first_step)
-            self.bar.start()
-
-    def step(self, event: "Step") -> None:
-        done = (event.epoch - 1) * self.steps + event.step
-        text = (
-            f"epoch {event.epoch}/{self.epochs} step {event.step}/{self.steps}  loss {event.loss:.3f}  "
-            f"lr {event.lr:.1e}  top-1 {self.accuracy}  {event.images_per_second:,.0f} img/s  "
-            f"data wait {100 * event.data_wait:.0f} %  {event.memory / 2**30:.1f} GiB  {self.left(done)} left"
-        )
-        if self.bar:
-            self.bar.update(self.task, completed=done, description=text)
-        elif time.monotonic() > self.next_line:
-            note(text)
-            self.next_line = time.monotonic() + LINE_SECONDS
-        if self.writer:
-            for name in ("loss", "lr", "images_per_second", "data_wait"):
-                self.writer.add_scalar(f"train/{name}", getattr(event, name), done)
-
-    def epoch(self, event: "Epoch") -> None:
-        self.accuracy = percent(event.top1)
-        line = (
-            f"epoch {event.epoch}/{self.epochs}  loss {event.train_loss:.3f}  eval loss {event.eval_loss:.3f}  "
-            f"top-1 {self.accuracy}  {event.images_per_second:,.0f} img/s"
-        )
-        if self.bar:
-            self.bar.console.print(line)
-        else:
-            note(f"{line}  data wait {100 * event.data_wait:.0f} %  {self.left(event.epoch * self.steps)} left")
-            self.next_line = time.monotonic() + LINE_SECONDS
-        if self.writer:
-            for name in ("train_loss", "eval_loss", "top1", "top5"):
-                self.writer.add_scalar(f"epoch/{name}", getattr(event, name), event.epoch)
-
-    def left(self, steps_done: int) -> str:
-        """The time that remains, if it goes on as it went so far."""
-        elapsed, done = time.monotonic() - self.begin, max(steps_done - self.first_step, 1)
-        return duration(elapsed / done * (self.epochs * self.steps - steps_done))
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
-        if self.writer:
-            self.writer.close()
-
-
-def tensorboard_writer(started: "Started") -> Any:
-    """A SummaryWriter for the run, which drops what an earlier life of it wrote of later steps."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(started.out / "tensorboard", purge_step=started.first_step or None)
-
-
-def duration(seconds: float) -> str:
-    """75 -> '1 min 15 s'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

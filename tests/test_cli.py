@@ -275,8 +275,11 @@ def test_a_broken_image_is_named(lsag, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a folder that not even root can write to")
-def test_a_folder_that_cannot_be_written(lsag, tmp_path):
+def test_a_folder_that_cannot_be_written(lsag):
     assert_refused(lsag("train", *TINY, "--out", "/proc/run"), 6, "cannot write", "/proc/run")
+
+
+def test_a_file_where_a_folder_should_be(lsag, tmp_path):
     (tmp_path / "file").touch()
     assert_refused(lsag("train", *TINY, "--out", "file/run"), 6, "cannot write", "file")
 

@@ -107,6 +107,9 @@ def kill_one_of_four(arguments, cwd, step, victim):
     assert gone(ranks, within=15 - (time.monotonic() - start)), "a rank outlived the failure by 15 s"
     assert code == (7 if victim >= 0 else -signal.SIGKILL), run.stderr
     assert checkpoints_are_whole(cwd / "run") >= 1
+    if victim > 0:  # rank 0 lives, and saves what is done
+        newest = max((cwd / "run").glob("step-*.pt"))
+        assert load_checkpoint(newest).training["step"] == steps_logged(cwd / "run")
     return run.stderr
 
 
