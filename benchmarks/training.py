@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from lsag import LSAG, load_preset
-from lsag.data import unnamed_classes
 from lsag.optim import make_optimizer
 from lsag.run_folder import RunFolder
+from lsag.sources import unnamed_classes
 from lsag.state import Position, State
 
 WAYS = {
@@ -53,7 +53,7 @@ def save(name: str, repeats: int) -> tuple[float, float]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = State(model, optimizer, scaler, None, preset, unnamed_classes(preset.model.num_classes), "", Position())
+    state = State(model, optimizer, scaler, None, preset, unnamed_classes(preset.model.num_classes), "", {}, Position())
     times = []
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))

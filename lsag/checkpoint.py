@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from lsag.config import Preset, validate_preset
-from lsag.data import unnamed_classes
 from lsag.errors import CheckError, DamagedError, InputError, UsageError
 from lsag.files import write_checked, writing
 from lsag.model import LSAG
+from lsag.sources import unnamed_classes
 
 FORMAT = 1
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lsag.checkpoint import Checkpoint, save_checkpoint
 from lsag.config import ModelConfig, Preset
-from lsag.data import unnamed_classes
 from lsag.errors import InputError
 from lsag.model import LSAG
+from lsag.sources import unnamed_classes
 
 _RENAMED = {
     "Wq_even": "attn.q",

@@ -1,279 +1,29 @@
-"""Datasets and loaders. Augmentation is timm's; what is random depends on (seed, epoch, image) and on nothing else."""
+"""Loaders. Augmentation is timm's; what is random depends on (seed, epoch, image) and on nothing else."""
 
 import hashlib
-import os
 import random
 import signal
-import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import datasets, transforms
+from torchvision import transforms
 
-from lsag.config import DATASETS, DataConfig, Preset, did_you_mean
+from lsag.config import DataConfig, Preset
 from lsag.device import available_cores
-from lsag.errors import InputError, UnavailableError, UsageError, WorkerError, first_line
+from lsag.errors import InputError, UsageError, WorkerError, first_line
+from lsag.sources import Source
 
-MAX_PIXELS = 50_000_000
-MAX_ASPECT = 200
-PACK_BYTES = 2**29
-"""A split whose decoded images take at most so much is held in memory by each rank, and twice while it is packed."""
 WORKER_TIMEOUT = 120
 """Seconds that workers may take for a batch."""
-EVAL_FOLDERS = {"imagenet": ("val",), "folder": ("val", "test")}
+WORKER_GRACE = 15
+"""Seconds that a worker lives on after SIGTERM."""
 Item = tuple[Tensor, int] | InputError
-
-
-class Source(Protocol):
-    """Decoded images with their labels; `classes[label]` is a label's name."""
-
-    classes: list[str]
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """What to call an image in a message or a table: its path, or its position."""
-
-    def fingerprint(self) -> str:
-        """A digest that other images, labels or another order would change; of files, their names count."""
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The image, in mode L or RGB, and its label. InputError for one that cannot be read."""
-
-
-class ArraySource:
-    """Images held in memory as one uint8 array (N, height, width) or (N, height, width, 3)."""
-
-    def __init__(self, images: np.ndarray, labels: Sequence[int], classes: Sequence[str], mode: str) -> None:
-        self.images, self.labels, self.classes = images, list(map(int, labels)), list(classes)
-        self.mode = mode
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        return str(index)
-
-    def fingerprint(self) -> str:
-        return _digest(self.images.shape, self.images.tobytes(), self.labels, self.classes)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]).convert(self.mode), self.labels[index]
-
-
-class FolderSource:
-    """Images in one folder for each class, classes in alphabetical order; regular image files only."""
-
-    def __init__(self, root: Path, mode: str) -> None:
-        self.root, self.mode = root, mode
-        try:
-            self.classes, _ = datasets.folder.find_classes(root)
-        except OSError as error:
-            raise InputError(
-                f"{root}: {first_line(error)}", "give a folder with a folder of images for each class"
-            ) from error
-        self.samples: list[tuple[str, int]] = []
-        for label, name in enumerate(self.classes):
-            # Links to folders are not followed: they may lead in circles, or count images twice.
-            paths = [Path(folder, file) for folder, _, files in os.walk(root / name) for file in files]
-            images = sorted(str(path) for path in paths if self._is_image(path))
-            if not images:
-                raise InputError(f"{root / name} holds no images", "remove it, or put images into it")
-            self.samples += [(path, label) for path in images]
-
-    @staticmethod
-    def _is_image(path: Path) -> bool:
-        return path.suffix.lower() in datasets.folder.IMG_EXTENSIONS and not path.name.startswith(".")
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def name(self, index: int) -> str:
-        return self.samples[index][0]
-
-    def fingerprint(self) -> str:
-        return _digest([(os.path.relpath(path, self.root), label) for path, label in self.samples])
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.samples[index]
-        return open_image(Path(path), self.mode), label
-
-    def packed(self) -> Source:
-        """The same source with its images decoded in memory, or itself where they would take more than PACK_BYTES.
-
-        InputError for an image that cannot be read.
-        """
-        room = PACK_BYTES // 4
-        for path, _ in self.samples:
-            with suppress(OSError):  # what cannot be read is told when it is
-                room -= Path(path).stat().st_size
-            if room < 0:
-                return self
-        images, used = [], 0
-        with ThreadPoolExecutor(available_cores()) as threads:
-            for image, _ in threads.map(self.load, range(len(self))):
-                images.append(np.asarray(image))
-                used += images[-1].nbytes
-                if used > PACK_BYTES:
-                    threads.shutdown(cancel_futures=True)
-                    return self
-        return _PackedSource(self, images)
-
-
-class _PackedSource:
-    """The decoded images of a folder in one array, which forked workers share, each with its place and shape in it."""
-
-    def __init__(self, source: FolderSource, images: Sequence[np.ndarray]) -> None:
-        self.source, self.classes = source, source.classes
-        self.labels = [label for _, label in source.samples]
-        self.name, self.fingerprint = source.name, source.fingerprint
-        self.shapes = np.array([(*image.shape, 1)[:3] for image in images])
-        self.starts = np.concatenate([[0], np.cumsum(self.shapes.prod(axis=1))])
-        self.pixels = np.concatenate([image.reshape(-1) for image in images])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        pixels = self.pixels[self.starts[index] : self.starts[index + 1]].reshape(self.shapes[index])
-        return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels), self.labels[index]
-
-
-def open_image(path: Path, mode: str) -> Image.Image:
-    """Decode an image file upright into `mode` ("L" or "RGB"); 16-bit greys are scaled, not clipped.
-
-    InputError for what is no regular file, no image, damaged, or larger than 50 megapixels.
-    """
-    try:
-        if not path.is_file():
-            raise OSError("not a regular file")
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            shorter, longer = sorted(image.size)
-            if shorter * longer > MAX_PIXELS or longer > MAX_ASPECT * shorter:
-                limits = f"more than {MAX_PIXELS:,} pixels or {MAX_ASPECT} times as long as wide"
-                raise OSError(f"{image.width} x {image.height} is {limits}")
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode == "F":
-                raise OSError("floating-point pixels have no agreed range")
-            if upright.mode.startswith("I"):
-                upright = Image.fromarray((np.asarray(upright).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-            return upright.convert(mode)
-    except Exception as error:  # decoders of damaged files raise whatever they stumble over
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-        raise InputError(f"cannot read image {path}: {reason}", "repair or remove the file") from error
-
-
-def open_split(dataset: str, data_dir: Path, *, train: bool, in_channels: int, download: bool = True) -> Source:
-    """One split of a dataset: `digits`, `cifar10`, `cifar100`, `imagenet` or `folder`.
-
-    `digits` needs no files; CIFAR is downloaded into `data_dir` where it is absent and `download` allows;
-    `imagenet` and `folder` are `data_dir`/train and `data_dir`/val (or test), each with one folder per class.
-    """
-    mode = "L" if in_channels == 1 else "RGB"
-    if dataset == "digits":
-        return _digits(train, mode)
-    if dataset in ("cifar10", "cifar100"):
-        return _cifar(dataset, data_dir, mode, train=train, download=download)
-    if dataset not in EVAL_FOLDERS:
-        known = [*DATASETS, "folder"]
-        raise UsageError(
-            f"unknown dataset '{dataset}'{did_you_mean(dataset, known)}", f"use one of: {', '.join(known)}"
-        )
-    names = ("train",) if train else EVAL_FOLDERS[dataset]
-    root = next((data_dir / name for name in names if (data_dir / name).is_dir()), None)
-    if root is None:
-        wanted = " or ".join(f"{data_dir / name}" for name in names)
-        raise InputError(
-            f"{dataset} is not at {data_dir}: there is no {wanted}", "point --data-dir or $LSAG_DATA at it"
-        )
-    source = FolderSource(root, mode)
-    if dataset in DATASETS and len(source.classes) != DATASETS[dataset].num_classes:
-        raise InputError(
-            f"{root} has {len(source.classes)} class folders, {dataset} has {DATASETS[dataset].num_classes}",
-            "use --dataset folder for other images",
-        )
-    return source
-
-
-def _digits(train: bool, mode: str) -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8, 16 greys; a fixed, stratified fifth is held out."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    train_images, eval_images, train_labels, eval_labels = train_test_split(
-        images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
-    )
-    classes = [str(name) for name in digits.target_names]
-    if train:
-        return ArraySource(train_images, train_labels, classes, mode)
-    return ArraySource(eval_images, eval_labels, classes, mode)
-
-
-def _cifar(dataset: str, data_dir: Path, mode: str, *, train: bool, download: bool) -> Source:
-    kind = datasets.CIFAR10 if dataset == "cifar10" else datasets.CIFAR100
-    try:
-        files = kind(str(data_dir), train=train)
-    except RuntimeError as error:
-        found = data_dir / kind.base_folder
-        state = "is damaged at" if found.exists() else "is not at"
-        if not download:
-            raise InputError(
-                f"{dataset} {state} {found}", "allow the download, or put the extracted archive there"
-            ) from error
-        existed = data_dir.exists()
-        try:
-            files = kind(str(data_dir), train=train, download=True)
-        except Exception as failure:  # urllib, tarfile and torchvision each raise their own
-            if not existed and data_dir.is_dir() and not any(data_dir.iterdir()):
-                data_dir.rmdir()
-            raise UnavailableError(
-                f"{dataset} {state} {found} and could not be downloaded: {first_line(failure)}",
-                f"fetch {kind.url} by hand and extract it into {data_dir}",
-            ) from failure
-    return ArraySource(files.data, files.targets, files.classes, mode)
-
-
-def _digest(*parts: object) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def unnamed_classes(count: int) -> tuple[str, ...]:
-    """Names for the classes of a model that came without any."""
-    return tuple(f"unnamed class {index}" for index in range(count))
-
-
-def check_classes(expected: Sequence[str], found: Sequence[str], *, what: str, where: str) -> None:
-    """InputError with the first differences unless both name the same classes in the same order.
-
-    Of unnamed classes only the number counts.
-    """
-    if len(expected) != len(found):
-        raise InputError(
-            f"{what} has {len(expected)} classes, {where} has {len(found)}", "choose data of the same classes"
-        )
-    if tuple(expected) == unnamed_classes(len(expected)):
-        return
-    different = [f"{i}: {a!r} against {b!r}" for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b]
-    if different:
-        raise InputError(
-            f"classes of {what} and of {where} differ: {', '.join(different[:5])}", "choose data of the same classes"
-        )
 
 
 def random_key(*parts: int | str) -> int:
@@ -443,11 +193,11 @@ def eval_loader(
 
 def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches; an image that could not be read is raised here as its InputError."""
-    loading = iter(loader)
-    deaths = _WorkerDeaths()
+    loading = None
     while True:
         try:
-            with deaths.raised():
+            with _worker_deaths_raised():
+                loading = loading or iter(loader)  # workers of an epoch before are awaited in here too
                 batch = next(loading)
         except StopIteration:
             return
@@ -461,46 +211,43 @@ def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
                 "see its memory; --workers 0",
             ) from error
         if isinstance(batch, InputError):
-            raise batch
+            # Not itself: its traceback holds this frame, which would hold it. torch cannot end the workers of a loader
+            # that is part of such a circle: by the time it is asked to, its queues are closed.
+            raise InputError(batch.what, batch.fix)
         yield batch
 
 
-class _WorkerDeaths:
-    """Has torch raise the death of a worker while a batch is awaited only.
+_awaiting_workers = False
+
+
+@contextmanager
+def _worker_deaths_raised() -> Iterator[None]:
+    """Has torch raise the death of a worker in here only, also one that happened before.
 
     torch does it from its handler of SIGCHLD wherever the program is: in the middle of an optimizer step, say.
     """
-
-    _torch_handler: Any = None
-    _waiting = False
-
-    def __init__(self) -> None:
-        handler = signal.getsignal(signal.SIGCHLD)
+    global _awaiting_workers
+    _awaiting_workers = True
+    try:
+        signal.raise_signal(signal.SIGCHLD)
+        yield
+    finally:
+        _awaiting_workers = False
+        handler: Any = signal.getsignal(signal.SIGCHLD)
         if getattr(handler, "__module__", "").startswith("torch."):
             with suppress(ValueError):  # outside the main thread
-                signal.signal(signal.SIGCHLD, _WorkerDeaths._handle)
-                _WorkerDeaths._torch_handler = handler
-
-    @staticmethod
-    def _handle(number: int, frame: FrameType | None) -> None:
-        if _WorkerDeaths._waiting:
-            _WorkerDeaths._torch_handler(number, frame)
-
-    @contextmanager
-    def raised(self) -> Iterator[None]:
-        _WorkerDeaths._waiting = True
-        try:
-            if _WorkerDeaths._torch_handler:
-                _WorkerDeaths._torch_handler(signal.SIGCHLD, None)  # for what happened meanwhile
-            yield
-        finally:
-            _WorkerDeaths._waiting = False
+                signal.signal(signal.SIGCHLD, lambda *signalled: handler(*signalled) if _awaiting_workers else None)
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """Signals may reach every process of a terminal, a job or a group; the main one ends the workers."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    """Signals may reach every process of a terminal, a job or a group; the main one ends the workers.
+
+    That needs them no longer than WORKER_GRACE after SIGTERM, with which torch and Python also end a worker that does
+    not answer, and then wait for it: to ignore it altogether could make them wait for ever.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *signalled: signal.alarm(WORKER_GRACE))
 
 
 def _collate(items: list[Any]) -> Any:

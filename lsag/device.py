@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import sys
 from contextlib import AbstractContextManager
 
@@ -10,8 +11,11 @@ import torch
 from lsag.errors import UnavailableError
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU; any other name is that device or an UnavailableError."""
+def choose_device(name: str = "auto", *, keep_memory: bool = True) -> torch.device:
+    """`auto` takes CUDA, then Apple's MPS, then the CPU; any other name is that device or an UnavailableError.
+
+    On the CPU the process is set up to keep the memory that tensors free, unless `keep_memory` is off.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -21,7 +25,7 @@ def choose_device(name: str = "auto") -> torch.device:
         choices = ", ".join(kind for kind, there in available.items() if there)
         raise UnavailableError(f"device '{name}' is not available here", f"use one of: {choices}")
     device = torch.device(name)
-    if device.type == "cpu":
+    if device.type == "cpu" and keep_memory:
         _keep_freed_memory()
     return device
 
@@ -47,6 +51,14 @@ def autocast(device: torch.device, dtype: torch.dtype | None = None) -> Abstract
     """Matrix products in `dtype` (None: what `autocast_dtype` says); with fp32 it does nothing."""
     dtype = autocast_dtype(device) if dtype is None else dtype
     return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory in bytes that this process has used: on a GPU there, else in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _keep_freed_memory() -> None:

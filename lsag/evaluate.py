@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader
 
 from lsag.checkpoint import Checkpoint, load_checkpoint
 from lsag.config import Preset
-from lsag.data import Normalize, batches, check_classes, choose_workers, eval_loader, open_split
+from lsag.data import Normalize, batches, choose_workers, eval_loader
 from lsag.device import autocast, choose_device
 from lsag.distributed import ALONE, World
 from lsag.errors import InputError
 from lsag.failpoints import failpoint
 from lsag.runtime import OnnxModel
+from lsag.sources import check_classes, open_split
 
 TOP_K = 5
 

@@ -4,11 +4,14 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lsag.files import replacing
+
+if TYPE_CHECKING:
+    from lsag.bench import Bench
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
@@ -56,13 +59,29 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, tit
     _save(figure, path)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> Any:
+def draw_bench(measured: Mapping[str, "Bench"], path: Path, *, title: str) -> None:
+    """Images per second of each contender as a bar, a panel for each group."""
+    heights = [len(found.results) for found in measured.values()]
+    figure, panels = _figure(len(measured), 1, (10, 0.35 * sum(heights) + 1.2 * len(heights)), height_ratios=heights)
+    for axes, (group, found) in zip(panels.flat if len(measured) > 1 else [panels], measured.items(), strict=True):
+        speeds = [result.images_per_second for result in found.results]
+        ours = ["tab:gray" if ":" in result.name else "tab:blue" for result in found.results]
+        bars = axes.barh([_plain(result.name) for result in found.results], speeds, color=ours)
+        axes.bar_label(bars, [f"{speed:,.1f}" for speed in speeds], padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set(xlabel="images per second", title=group)
+    figure.suptitle(f"{title}, {found.dtype} on {found.device}")
+    _save(figure, path)
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> Any:
     # The object interface, not pyplot: no window, no state, no display needed.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns)
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def _plain(text: str) -> str:

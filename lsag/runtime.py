@@ -20,8 +20,8 @@ FORMAT = 1
 class OnnxModel:
     """An exported model: calls take uint8 images (B, C, height, width) and give logits (B, num_classes), on the CPU."""
 
-    def __init__(self, path: str | Path, *, provider: str = "cpu") -> None:
-        """Open `path` on `provider`, "cpu" or "cuda".
+    def __init__(self, path: str | Path, *, provider: str = "cpu", threads: int | None = None) -> None:
+        """Open `path` on `provider`, "cpu" or "cuda", with as many `threads`, by default one for each core.
 
         InputError for a file that is no export of lsag; UnavailableError if the provider does not load: it is never
         replaced by the CPU.
@@ -39,6 +39,7 @@ class OnnxModel:
         self._read(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        options.intra_op_num_threads = threads or 0
         # Torch is idle while the session runs; spinning threads would only keep cores from the loader.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if provider == "cuda":

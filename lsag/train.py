@@ -3,9 +3,7 @@
 import contextlib
 import logging
 import math
-import resource
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,20 +22,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lsag.checkpoint import initialise_from, load_checkpoint, save_checkpoint
 from lsag.config import Preset
-from lsag.data import (
-    EpochBatches,
-    FolderSource,
-    Source,
-    batches,
-    check_classes,
-    choose_workers,
-    eval_loader,
-    open_split,
-    random_key,
-    train_loader,
-)
-from lsag.device import autocast, autocast_dtype
-from lsag.distributed import joined, lost_peers, world_size_here
+from lsag.data import EpochBatches, batches, choose_workers, eval_loader, random_key, train_loader
+from lsag.device import autocast, autocast_dtype, peak_memory
+from lsag.distributed import World, joined, lost_peers, world_size_here
 from lsag.errors import CheckError, InputError, LsagError, OutputError, UsageError, WorkerError
 from lsag.evaluate import classifier, evaluate
 from lsag.failpoints import failpoint
@@ -48,6 +35,7 @@ from lsag.plots import draw_curves
 from lsag.progress import Epoch, Finished, Progress, Started, Step
 from lsag.run_folder import BEST, CURVES, PRESET, RunFolder, check_run_folder, step_files
 from lsag.signals import Signals, StopRequestedError, stopped
+from lsag.sources import FolderSource, Source, check_classes, open_split
 from lsag.state import Position, State
 
 REPORT_SECONDS = 0.5
@@ -111,30 +99,7 @@ def train(
         if leads:
             check_run_folder(out, resume=resume)
 
-        # Data
-        def source(*, train: bool) -> Source:
-            may = download and world.local_rank == 0
-            channels = preset.model.in_channels
-            found = open_split(preset.data.dataset, data_dir, train=train, in_channels=channels, download=may)
-            return found.packed() if isinstance(found, FolderSource) else found
-
-        # One process of each machine comes first: what it downloads, the others find.
-        if world.local_rank == 0:
-            train_source, eval_source = source(train=True), source(train=False)
-        world.total([0])
-        if world.local_rank != 0:
-            train_source, eval_source = source(train=True), source(train=False)
-        check_classes(
-            train_source.classes, eval_source.classes, what="the training split", where="the evaluation split"
-        )
-        if preset.data.dataset == "folder":
-            preset = preset.with_classes(len(train_source.classes))
-        elif len(train_source.classes) != preset.model.num_classes:
-            found, asked = len(train_source.classes), preset.model.num_classes
-            raise UsageError(
-                f"{preset.data.dataset} has {found} classes, model.num_classes is {asked}",
-                f"--set model.num_classes={found}, or choose the data with --dataset, which sets it",
-            )
+        preset, train_source, eval_source = open_data(preset, data_dir, world, download=download)
         dataset = f"{train_source.fingerprint()} {eval_source.fingerprint()}"
         world.check_equal("preset", preset.model_dump_json())
         world.check_equal("dataset", dataset)
@@ -182,16 +147,7 @@ def train(
             model.compile()
         ddp = None
         if not alone:
-            with lost_peers():
-                ddp = DistributedDataParallel(model, device_ids=[on.index] if on.type == "cuda" else None)
-                # After the first backward DDP cuts its buckets anew, and sums in another order from then on. Only when
-                # that is over before the first step does a continued training sum as the uninterrupted one did.
-                warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # with one channel
-                for _ in range(2):
-                    size = preset.model.image_size
-                    with autocast(on, dtype):
-                        logits = ddp(torch.zeros(order.slice_size, preset.model.in_channels, size, size, device=on))
-                    logits.float().sum().backward()
+            ddp = data_parallel(model, on, dtype, slice_size=order.slice_size)
             optimizer.zero_grad()
         net: nn.Module = ddp or model
         if checkpoint is not None:
@@ -438,6 +394,7 @@ def train(
             # A broken image, a dead worker, a lost peer: what is done is saved, for which no other rank is needed. With
             # NCCL a lost peer raises nothing here, but blocks: see leaving_when_stuck.
             if folder:
+                position.seconds = before + time.monotonic() - began
                 with contextlib.suppress(OutputError):
                     folder.save(state.checkpoint(), position.step)
             raise
@@ -449,6 +406,51 @@ def train(
             last_top1=position.last_top1,
             seconds=before + time.monotonic() - began,
         )
+
+
+def open_data(preset: Preset, data_dir: Path, world: World, *, download: bool) -> tuple[Preset, Source, Source]:
+    """The preset with its classes, and the training and the evaluation split; small folders in memory."""
+    data, model = preset.data, preset.model
+
+    def opened(*, train: bool) -> Source:
+        may = download and world.local_rank == 0
+        found = open_split(data.dataset, data_dir, train=train, in_channels=model.in_channels, download=may)
+        return found.packed() if isinstance(found, FolderSource) else found
+
+    # One process of each machine comes first: what it downloads, the others find.
+    if world.local_rank == 0:
+        train_source, eval_source = opened(train=True), opened(train=False)
+    world.total([0])
+    if world.local_rank != 0:
+        train_source, eval_source = opened(train=True), opened(train=False)
+    check_classes(train_source.classes, eval_source.classes, what="the training split", where="the evaluation split")
+    found = len(train_source.classes)
+    if data.dataset == "folder":
+        preset = preset.with_classes(found)
+    elif found != model.num_classes:
+        raise UsageError(
+            f"{data.dataset} has {found} classes, model.num_classes is {model.num_classes}",
+            f"--set model.num_classes={found}, or choose the data with --dataset, which sets it",
+        )
+    return preset, train_source, eval_source
+
+
+def data_parallel(model: LSAG, on: torch.device, dtype: torch.dtype, *, slice_size: int) -> DistributedDataParallel:
+    """The model in DDP, which then sums gradients in the same order in each step; it leaves gradients to be zeroed.
+
+    After the first backward DDP cuts its buckets anew, and sums in another order from then on. Only when that is over
+    before the first step does a continued training sum as the uninterrupted one did.
+    """
+    config = model.config
+    with lost_peers():
+        ddp = DistributedDataParallel(model, device_ids=[on.index] if on.type == "cuda" else None)
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # with one channel
+        for _ in range(2):
+            images = torch.zeros(slice_size, config.in_channels, config.image_size, config.image_size, device=on)
+            with autocast(on, dtype):
+                logits = ddp(images)
+            logits.float().sum().backward()
+    return ddp
 
 
 def make_mixup(preset: Preset) -> Mixup | None:
@@ -466,53 +468,12 @@ def make_mixup(preset: Preset) -> Mixup | None:
     )
 
 
-def measure(
-    preset: Preset,
-    *,
-    device: str = "auto",
-    slice_size: int,
-    precision: str = "auto",
-    compile: bool = False,
-    recompute: bool = False,
-    steps: int = 3,
-) -> tuple[float, int]:
-    """Seconds that one training step on made-up images takes, a slice at a time, and the peak memory in bytes."""
-    with joined(device) as world:
-        on, size = world.device, preset.model.image_size
-        model = LSAG(preset.model).to(on)
-        model.set_grad_checkpointing(recompute)
-        if compile:
-            model.compile()
-        optimizer = make_optimizer(model, preset.train)
-        images = torch.randn(slice_size, preset.model.in_channels, size, size, device=on)
-        labels = torch.randint(preset.model.num_classes, (slice_size,), device=on)
-        times = []
-        for _ in range(steps + 1):  # the first warms up
-            start = time.monotonic()
-            with autocast(on, autocast_dtype(on, precision)):
-                logits = model(images)
-            F.cross_entropy(logits.float(), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            logits.sum().item()  # waits for the device
-            times.append(time.monotonic() - start)
-        return min(times[1:]), peak_memory(on)
-
-
 def draw(history: list[dict[str, Any]], path: Path, *, title: str) -> None:
     """The curves; that they cannot be drawn stops no training."""
     try:
         draw_curves(history, path, title=title)
     except OutputError as error:
         logger.warning("%s", error.what)
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most memory in bytes that this process has used: on a GPU there, else in all."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def diverged(out: Path, where: str) -> CheckError:

@@ -18,6 +18,7 @@ from lsag import __version__
 from lsag.errors import InterruptedByUserError, LsagError, PeerLostError, TerminatedError, WorkerError
 from lsag.launch import launched, report
 from lsag_cli import output
+from lsag_cli.bench import bench
 from lsag_cli.evaluate import evaluate
 from lsag_cli.export import convert, export
 from lsag_cli.flops import flops, presets
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(flops)
+app.command()(bench)
 app.command()(export)
 app.command()(convert)
 app.command()(presets)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 SCHEMA_VERSION = 1
+NAMES = ("preset", "stage", "dataset", "class", "model")
 
 debug = False
 json_printed = False
@@ -49,7 +50,7 @@ def table(*columns: str, title: str | None = None) -> Table:
     """An empty table; columns of names stand left, columns of figures right."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in columns:
-        made.add_column(column, justify="left" if column in ("preset", "stage", "dataset", "class") else "right")
+        made.add_column(column, justify="left" if column in NAMES else "right")
     return made
 
 

@@ -363,7 +363,7 @@ def show_plan(preset: Preset, as_json: bool, *, accum: int, processes: int, prob
     }
     if probe is not None:
         with leaving_at_once():
-            from lsag.train import measure
+            from lsag.bench import probe as measure
 
         seconds, memory = measure(preset, slice_size=plan["slice_size"], **probe)
         plan |= {"step_seconds": seconds * accum, "memory_bytes": memory}

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lsag import ModelConfig, Preset, load_preset
@@ -113,3 +115,16 @@ def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: st
     for word in words:
         assert word in lines[0], f"{word!r} is not in: {lines[0]}"
     assert not done.stdout
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes, 8 + 4 colour images."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("cat", "dog"):
+            for index in range(count):
+                pixels = rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)
+                (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{index}.png")
+    return tmp_path

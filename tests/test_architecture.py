@@ -10,11 +10,11 @@ from tests.conftest import ROOT
 LEVELS = [
     {"lsag.errors", "lsag.failpoints"},
     {"lsag.config", "lsag.files", "lsag.signals", "lsag.device"},
-    {"lsag.model", "lsag.data", "lsag.optim", "lsag.flops", "lsag.launch"},
-    {"lsag.checkpoint", "lsag.distributed", "lsag.progress"},
+    {"lsag.model", "lsag.sources", "lsag.optim", "lsag.flops", "lsag.launch"},
+    {"lsag.data", "lsag.checkpoint", "lsag.distributed", "lsag.progress", "lsag.plain"},
     {"lsag.state", "lsag.runtime", "lsag.plots", "lsag.convert", "lsag.run_folder"},
     {"lsag.evaluate", "lsag.export"},
-    {"lsag.train"},
+    {"lsag.train", "lsag.bench"},
     {"lsag_cli"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

@@ -11,10 +11,11 @@ import torch
 
 from lsag import LSAG, load_checkpoint, load_preset
 from lsag.checkpoint import random_checkpoint, save_checkpoint
-from lsag.data import EpochBatches, batches, open_split, train_loader
+from lsag.data import EpochBatches, batches, train_loader
 from lsag.errors import CheckError, InputError, OutputError, UsageError
 from lsag.progress import Epoch, Finished, Started
-from lsag.train import measure, train
+from lsag.sources import open_split
+from lsag.train import train
 from tests.conftest import ROOT, TINY, assert_refused, images
 
 
@@ -197,9 +198,9 @@ def test_another_run_is_not_gone_on_with(tmp_path, preset):
 
 def test_other_images_are_another_run(tmp_path, preset, monkeypatch):
     stop_after(preset, tmp_path / "run", 5)
-    import lsag.data
+    import lsag.sources
 
-    monkeypatch.setattr(lsag.data.ArraySource, "fingerprint", lambda self: "other")
+    monkeypatch.setattr(lsag.sources.ArraySource, "fingerprint", lambda self: "other")
     with pytest.raises(UsageError, match="run on other images"):
         run(preset, tmp_path / "run", resume=True)
     run(preset, tmp_path / "run", resume=True, allow_change=["data"])
@@ -280,17 +281,13 @@ def test_recomputation_gives_the_same_gradients(preset):
     assert_equal(*gradients)
 
 
-def test_measuring_a_step(preset):
-    seconds, memory = measure(preset, device="cpu", slice_size=16, steps=1)
-    assert 0 < seconds < 10 and memory > 2**20
-
-
 RANKS = """
 import os, sys
 import torch, torch.distributed as dist
 from lsag import load_preset
 from lsag.checkpoint import random_checkpoint
-from lsag.data import eval_loader, open_split
+from lsag.data import eval_loader
+from lsag.sources import open_split
 from lsag.distributed import World
 from lsag.evaluate import classifier, evaluate
 

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from lsag import load_checkpoint, load_preset
-from lsag.data import open_split
 from lsag.errors import CheckError, InputError, OutputError, UnavailableError, UsageError, WorkerError
 from lsag.evaluate import evaluate_file
 from lsag.progress import Epoch, Started, Step
+from lsag.sources import open_split
 from lsag.train import make_mixup, train
 
 

@@ -1,0 +1,340 @@
+"""Contenders side by side: in one process, taking turns, warmed up; medians with their spread."""
+
+import ast
+import copy
+import itertools
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from lsag.checkpoint import load_checkpoint, random_checkpoint
+from lsag.config import ModelConfig, Preset, load_preset
+from lsag.device import autocast, autocast_dtype, choose_device, peak_memory
+from lsag.errors import UsageError, first_line
+from lsag.flops import count
+from lsag.model import LSAG
+from lsag.plain import plain
+from lsag.runtime import OnnxModel
+
+MIN_SECONDS = 0.05
+"""A turn runs its contender as often as takes so long, so that neither clock nor launches are what is measured."""
+LATENCY_TURNS = 3
+"""Turns with one image for each turn with a batch."""
+MATRIX_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}
+"""Rows and columns of the square matrices whose product is the measure of what the machine can do."""
+
+PEERS: dict[str, dict[str, float | None]] = {
+    "CIFAR (Table 3)": {
+        "cifar-tiny": 1700.2,
+        "cifar-small": 807.6,
+        "cifar-base": 276.8,
+        "timm:deit_tiny_patch16_224,img_size=32,patch_size=2,num_classes=10": 1905.3,
+        "timm:deit_small_patch16_224,img_size=32,patch_size=2,num_classes=10": 734.7,
+        "timm:deit_base_patch16_224,img_size=32,patch_size=2,num_classes=10": 233.7,
+        "timm:swin_tiny_patch4_window7_224,img_size=32,patch_size=1,window_size=4,num_classes=10": 1372.5,
+        "timm:swin_base_patch4_window7_224,img_size=32,patch_size=1,window_size=4,num_classes=10": 868.3,
+    },
+    "ImageNet (Table 4)": {
+        "in1k-tiny": 797.2,
+        "in1k-small": 298.9,
+        "timm:resnet50": 1226.1,
+        "timm:resnet101": 753.6,
+        "timm:regnety_040": 1156.7,
+        "timm:regnety_080": 591.6,
+        "timm:deit_tiny_patch16_224": 2536.5,
+        "timm:deit_small_patch16_224": 940.4,
+        "timm:pvt_v2_b1": None,
+        "timm:swin_tiny_patch4_window7_224": 755.2,
+        "timm:nest_tiny": 633.9,
+        "timm:crossvit_small_240": None,
+        "timm:tnt_s_patch16_224": None,
+    },
+}
+"""Contenders with the images per second that the paper prints for them, on its GPU.
+
+The paper does not say into which patches DeiT and Swin cut 32 x 32 images, and its parameter counts do not settle it:
+the patches are a choice made here. PVT is in timm in its second version only, NesT not in the paper's sizes for CIFAR.
+"""
+
+Mode = Literal["inference", "training"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one contender; None where it cannot be known.
+
+    `macs` are those of a forward pass of one image; a training step counts three times as many. Seconds are those of
+    one image in a batch of one. `peak_memory` is in bytes of tensors, parameters and optimizer included. `spread` is
+    half the distance of the quartiles over the median, `share` the share of the matrix-product rate, `ratio` that of
+    the images per second to the first contender's.
+    """
+
+    name: str
+    params: int
+    macs: int
+    images_per_second: float
+    spread: float
+    ratio: float
+    latency_p50: float | None
+    latency_p90: float | None
+    peak_memory: int | None
+    macs_per_second: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The results, and the rate of matrix products in MACs per second that was measured between them."""
+
+    results: list[Result]
+    matrix_rate: float
+    device: str
+    dtype: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model, images of whose `shape` (C, height, width) `classify` takes; `model` is None for a graph."""
+
+    name: str
+    shape: tuple[int, int, int]
+    params: int
+    macs: int
+    classify: Callable[[Tensor], Any]
+    model: nn.Module | None = None
+
+
+def bench(
+    specs: Sequence[str],
+    *,
+    mode: Mode = "inference",
+    batch_size: int = 8,
+    device: str = "auto",
+    precision: str = "auto",
+    compile: bool = False,
+    threads: int | None = None,
+    keep_memory: bool = True,
+    rounds: int = 10,
+    on_round: Callable[[int], object] = lambda done: None,
+) -> Bench:
+    """Measure each of `specs` (see `open_contender`), `rounds` times in turn, on made-up images.
+
+    Inference is a forward pass in the mode the product runs it, with the batch already on the device; training is
+    forward, cross-entropy, backward and an AdamW step. `keep_memory` is that of `choose_device`. `on_round` hears how
+    many rounds are done. UsageError for what cannot be measured in this way.
+    """
+    on = choose_device(device, keep_memory=keep_memory)
+    if threads:
+        torch.set_num_threads(threads)
+    dtype = autocast_dtype(on, precision)
+    contenders = [
+        open_contender(spec, mode=mode, on=on, threads=threads, own_precision=dtype is torch.float32) for spec in specs
+    ]
+    if compile:
+        models = [contender.model for contender in contenders if contender.model is not None]
+        if not models:
+            raise UsageError("there is nothing to compile: .onnx graphs run in onnxruntime", "leave --compile away")
+        for model in models:
+            model.compile()
+    runs = [make_run(contender, mode, batch_size, on, dtype) for contender in contenders]
+    singles = [make_run(contender, mode, 1, on, dtype) for contender in contenders] if mode == "inference" else []
+    side = MATRIX_SIZE[on.type]
+    left, right = torch.randn(2, side, side, device=on, dtype=dtype)
+    turns: list[Callable[[], object]] = [*runs, *singles, lambda: left @ right]
+    repeats = [LATENCY_TURNS if run in singles else 1 for run in turns]
+    memory = [tensor_memory(contender, run, mode, on) for contender, run in zip(contenders, runs, strict=True)]
+    for run in turns:
+        run()
+    often = [max(1, round(MIN_SECONDS / seconds(run, 1, on))) for run in turns]
+    times: list[list[float]] = [[] for _ in turns]
+    for done in range(rounds):
+        on_round(done)
+        for index, run in enumerate(turns):
+            times[index] += [seconds(run, often[index], on) for _ in range(repeats[index])]
+    on_round(rounds)
+
+    matrix_rate = side**3 / float(np.median(times[-1]))
+    results: list[Result] = []
+    for index, contender in enumerate(contenders):
+        low, median, high = np.quantile(times[index], [0.25, 0.5, 0.75]).tolist()
+        rate = batch_size / median
+        alone = times[len(runs) + index] if singles else None
+        p50, p90 = np.quantile(alone, [0.5, 0.9]).tolist() if alone else (None, None)
+        macs_per_second = rate * contender.macs * (3 if mode == "training" else 1)
+        results.append(
+            Result(
+                name=contender.name,
+                params=contender.params,
+                macs=contender.macs,
+                images_per_second=rate,
+                spread=(high - low) / 2 / median,
+                ratio=rate / (results[0].images_per_second if results else rate),
+                latency_p50=p50,
+                latency_p90=p90,
+                peak_memory=memory[index],
+                macs_per_second=macs_per_second,
+                share=macs_per_second / matrix_rate,
+            )
+        )
+    return Bench(results, matrix_rate, str(on), str(dtype).removeprefix("torch."), torch.get_num_threads())
+
+
+def open_contender(
+    spec: str, *, mode: Mode = "inference", on: torch.device, threads: int | None = None, own_precision: bool = True
+) -> Contender:
+    """A preset's name or file, `plain:` and one, a checkpoint, an .onnx file, or `timm:NAME[,key=value...]`.
+
+    Presets and timm's models have random weights. UsageError or InputError for what is none of them.
+    """
+    kind, _, rest = spec.partition(":")
+    if spec.endswith(".onnx"):
+        if mode == "training" or not own_precision:
+            raise UsageError(f"{spec} can only be run, and in its own precision", "choose a preset or a checkpoint")
+        graph = OnnxModel(spec, provider=on.type, threads=threads)
+        total = count(graph.preset.model)
+        return Contender(spec, image_shape(graph.preset.model), total.params, total.macs_run, graph)
+    model: nn.Module
+    shape: tuple[int, int, int]
+    if kind == "timm":
+        model, shape = timm_model(rest)
+    else:
+        name = rest if kind == "plain" else spec
+        checkpoint = load_checkpoint(name) if name.endswith(".pt") else random_checkpoint(load_preset(name))
+        shape = image_shape(checkpoint.preset.model)
+        model = plain(checkpoint.model) if kind == "plain" else checkpoint.model
+    params = sum(parameter.numel() for parameter in model.parameters())
+    model = model.train(mode == "training")
+    return Contender(spec, shape, params, count_macs(model, shape), model.to(on), model)
+
+
+def image_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """(C, height, width) of a model's images."""
+    return config.in_channels, config.image_size, config.image_size
+
+
+def timm_model(spec: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """timm's model for `NAME[,key=value...]` with random weights, and the shape of its images."""
+    import timm
+
+    name, *settings = spec.split(",")
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name}*")[:3])
+        raise UsageError(f"timm has no model '{name}'", f"use one of: {near}" if near else "see timm.list_models()")
+    try:
+        options = {key: ast.literal_eval(value) for key, value in (setting.split("=") for setting in settings)}
+        model: Any = timm.create_model(name, **options)
+    except (ValueError, SyntaxError, TypeError, AssertionError, RuntimeError) as error:
+        raise UsageError(f"timm:{spec}: {first_line(error)}", "write timm:NAME,key=value") from error
+    size = options.get("img_size") or model.pretrained_cfg["input_size"][1]
+    return model, (3, size, size)
+
+
+def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of matrix products and convolutions in a forward pass of one image, as torch counts them.
+
+    On the meta device, since fused attention on a CPU counts as nothing.
+    """
+    copied = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copied(torch.zeros(1, *shape, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def make_run(
+    contender: Contender, mode: Mode, batch_size: int, on: torch.device, dtype: torch.dtype
+) -> Callable[[], object]:
+    """One inference or one training step."""
+    generator = torch.Generator().manual_seed(0)
+    if contender.model is None:
+        pixels = torch.randint(0, 256, (batch_size, *contender.shape), dtype=torch.uint8, generator=generator)
+        return lambda: contender.classify(pixels)
+    model, images = contender.model, torch.randn(batch_size, *contender.shape, generator=generator).to(on)
+
+    def infer() -> None:
+        with torch.inference_mode(), autocast(on, dtype):
+            model(images)
+
+    if mode == "inference":
+        return infer
+    labels = torch.randint(2, (batch_size,), generator=generator).to(on)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        with autocast(on, dtype):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds(run: Callable[[], object], times: int, on: torch.device) -> float:
+    """Seconds of one `run`, averaged over `times` in a row."""
+    synchronize(on)
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    synchronize(on)
+    return (time.perf_counter() - start) / times
+
+
+def synchronize(on: torch.device) -> None:
+    if on.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def tensor_memory(contender: Contender, run: Callable[[], object], mode: Mode, on: torch.device) -> int | None:
+    """The most bytes that tensors take during a `run`, with the parameters, and in training the optimizer's moments.
+
+    It is what the allocator handed out: libraries, and what they allocate past torch, are not in it.
+    """
+    if contender.model is None or on.type == "mps":
+        return None
+    run()
+    own = sum(tensor.nbytes for tensor in [*contender.model.parameters(), *contender.model.buffers()])
+    if on.type == "cuda":
+        before = torch.cuda.memory_allocated(on)
+        torch.cuda.reset_peak_memory_stats(on)
+        run()
+        most = torch.cuda.max_memory_allocated(on) - before
+    else:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            run()
+        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        most = max(itertools.accumulate(held), default=0)
+    return most + own * (3 if mode == "training" else 1)
+
+
+def probe(
+    preset: Preset,
+    *,
+    device: str = "auto",
+    slice_size: int,
+    precision: str = "auto",
+    compile: bool = False,
+    recompute: bool = False,
+    steps: int = 3,
+) -> tuple[float, int]:
+    """Seconds that one training step on made-up images takes, a slice at a time, and the peak memory in bytes."""
+    on = choose_device(device)
+    model = LSAG(preset.model).to(on)
+    model.set_grad_checkpointing(recompute)
+    if compile:
+        model.compile()
+    contender = Contender(preset.name, image_shape(preset.model), 0, 0, model, model)
+    run = make_run(contender, "training", slice_size, on, autocast_dtype(on, precision))
+    seconds(run, 1, on)  # the first warms up
+    return min(seconds(run, 1, on) for _ in range(steps)), peak_memory(on)

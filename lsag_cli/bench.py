@@ -1,0 +1,135 @@
+"""lsag bench"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lsag.errors import UsageError
+from lsag_cli.options import Device, Json, leaving_at_once
+from lsag_cli.output import giga, is_terminal, mega, percent, print_json, say, say_table, stderr, table
+
+if TYPE_CHECKING:
+    from lsag.bench import Result
+
+DEFAULT = ("cifar-tiny", "plain:cifar-tiny")
+COLUMNS = (
+    "model",
+    "params",
+    "MACs",
+    "img/s",
+    "spread",
+    "ratio",
+    "p50 ms\nbatch 1",
+    "p90 ms\nbatch 1",
+    "memory\nMiB",
+    "MACs/s",
+    "of\nmatmul",
+)
+
+
+def bench(
+    contenders: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Presets, checkpoints, .onnx files, timm:NAME[,key=value...], or plain:PRESET, the released "
+            "formulation. The first is the measure of the others.",
+            show_default=" ".join(DEFAULT),
+        ),
+    ] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="The presets of Table 2 beside their peers in the paper's Tables 3 and 4.")
+    ] = False,
+    mode: Annotated[
+        Literal["inference", "training"], typer.Option(help="A forward pass, or a whole training step.")
+    ] = "inference",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="How often the contenders take turns.")] = 10,
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of matrix products; auto as in lsag train.")
+    ] = "auto",
+    device: Device = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the models with torch.compile.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the CPU for each contender.", show_default="by the machine")
+    ] = None,
+    system_allocator: Annotated[
+        bool,
+        typer.Option(
+            "--system-allocator", help="Leave the memory allocator as it is elsewhere, without lsag's tuning."
+        ),
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the images per second as bars, a PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure models side by side: images/s, latency, memory, share of the matrix-product rate."""
+    if plot and plot.suffix.lower() != ".png":
+        raise UsageError(f"--plot {plot} does not end in .png", "give a file of that kind")
+    if peers and contenders:
+        raise UsageError("--peers brings its own contenders", "leave the others away")
+    if len(set(contenders or ())) < len(contenders or ()):
+        raise UsageError("a contender is named twice", "name each once")
+    with leaving_at_once():
+        from rich.progress import Progress
+
+        from lsag.bench import PEERS
+        from lsag.bench import bench as run
+        from lsag.plots import draw_bench
+
+    groups = PEERS if peers else {"": dict.fromkeys(contenders or DEFAULT)}
+    with Progress(console=stderr(), transient=True, disable=not is_terminal(sys.stderr)) as bar:
+        measured = {}
+        for group, specs in groups.items():
+            task = bar.add_task(group or "rounds", total=rounds)
+            measured[group] = run(
+                list(specs),
+                mode=mode,
+                batch_size=batch,
+                device=device,
+                precision=dtype,
+                compile=compile,
+                threads=threads,
+                keep_memory=not system_allocator,
+                rounds=rounds,
+                on_round=lambda done, task=task: bar.update(task, completed=done),  # type: ignore[misc]
+            )
+    if plot:
+        draw_bench(measured, plot, title=f"{mode}, batch {batch}")
+    if as_json:
+        figures = [{"group": group, **asdict(found)} for group, found in measured.items()]
+        return print_json(
+            "bench", mode=mode, batch_size=batch, compile=compile, system_allocator=system_allocator, groups=figures
+        )
+    for group, found in measured.items():
+        how = f"{mode}, batch {batch}, {found.dtype}{', compiled' if compile else ''}"
+        how += ", the system's allocator" if system_allocator else ""
+        where = f"{found.device}, {found.threads} threads, matrix products {giga(found.matrix_rate)}MACs/s"
+        shown = table(*COLUMNS, *(["paper's\nimg/s"] if peers else []), title=f"{group} {how} on {where}".lstrip())
+        for result in found.results:
+            paper = groups[group][result.name]
+            shown.add_row(*cells(result), *([f"{paper:,.1f}" if paper else "-"] if peers else []))
+        say_table(shown)
+    say(
+        "ratio: of img/s to the first. of matmul: MACs/s over the rate of matrix products in the same run. "
+        "memory: of tensors; libraries not."
+    )
+    if plot:
+        say(f"drawn: {plot}")
+
+
+def cells(result: "Result") -> tuple[str, ...]:
+    latency = [f"{1000 * value:.1f}" if value else "-" for value in (result.latency_p50, result.latency_p90)]
+    return (
+        result.name,
+        mega(result.params),
+        giga(result.macs),
+        f"{result.images_per_second:,.1f}",
+        f"{100 * result.spread:.0f} %",
+        f"{result.ratio:.2f}",
+        *latency,
+        f"{result.peak_memory / 2**20:,.0f}" if result.peak_memory else "-",
+        giga(result.macs_per_second),
+        percent(result.share),
+    )

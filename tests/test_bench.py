@@ -1,0 +1,110 @@
+"""What bench says must follow from what it measured; how fast that was is nobody's to assert."""
+
+import json
+
+import pytest
+import torch
+
+from lsag import load_preset
+from lsag.bench import bench, count_macs, open_contender
+from lsag.checkpoint import random_checkpoint, save_checkpoint
+from lsag.errors import UsageError
+from lsag.export import export_onnx
+from lsag.flops import count
+from tests.conftest import assert_refused
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def files(tmp_path, tiny_preset):
+    """A checkpoint, and its graph."""
+    checkpoint = random_checkpoint(tiny_preset)
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    export_onnx(checkpoint, tmp_path / "a.onnx")
+    return tmp_path / "a.pt", tmp_path / "a.onnx"
+
+
+def test_every_kind_of_contender_is_measured(files, tiny_preset):
+    heard = []
+    specs = [*map(str, files), f"plain:{files[0]}", "timm:test_vit,img_size=32"]
+    done = bench(specs, batch_size=2, device="cpu", rounds=2, threads=1, on_round=heard.append)
+    assert heard == [0, 1, 2] and done.threads == 1 and done.dtype == "float32"
+    ours, graph, released, _ = done.results
+    total = count(tiny_preset.model)
+    assert (ours.params, ours.macs, graph.macs, released.macs) == (total.params, *[total.macs_run] * 2, total.macs)
+    assert graph.peak_memory is None and ours.peak_memory > 4 * ours.params
+    assert released.peak_memory > ours.peak_memory
+    for result in done.results:
+        assert result.ratio == pytest.approx(result.images_per_second / ours.images_per_second)
+        assert result.macs_per_second == pytest.approx(result.images_per_second * result.macs)
+        assert result.share == pytest.approx(result.macs_per_second / done.matrix_rate)
+        assert 0 < result.latency_p50 <= result.latency_p90
+
+
+def test_training_steps_are_three_forwards_with_the_moments_in_memory(tiny_preset, files):
+    done = bench([str(files[0])], mode="training", batch_size=2, device="cpu", rounds=1)
+    (ours,) = done.results
+    assert ours.macs_per_second == pytest.approx(3 * ours.images_per_second * ours.macs)
+    assert ours.latency_p50 is None and ours.peak_memory > 3 * 4 * ours.params
+
+
+@pytest.mark.parametrize("name", ["cifar-tiny", "in1k-small"])
+def test_the_released_formulation_counts_as_the_release(name):
+    contender = open_contender(f"plain:{name}", on=CPU)
+    assert contender.macs == count(load_preset(name).model).macs
+
+
+def test_fused_attention_is_counted():
+    model = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = model
+
+        def forward(self, x):
+            x = x.flatten(2).transpose(1, 2)
+            query = x.unflatten(2, (2, 4)).transpose(1, 2)
+            return torch.nn.functional.scaled_dot_product_attention(query, query, query)
+
+    assert count_macs(Net(), (8, 2, 2)) == 2 * 4 * 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "words"),
+    [
+        ("timm:no_such_model", {}, "timm has no model"),
+        ("timm:resnet18,colour=blue", {}, "resnet18"),
+        ("cifar-tny", {}, "cifar-tiny"),
+        ("a.onnx", {"mode": "training"}, "can only be run"),
+        ("a.onnx", {"own_precision": False}, "own precision"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(spec, options, words):
+    with pytest.raises(UsageError, match=words):
+        open_contender(spec, on=CPU, **options)
+
+
+def test_the_command(lsag, tmp_path):
+    command = ("bench", "digits-nano", "plain:digits-nano", "--rounds", "1", "--batch", "2", "--device", "cpu")
+    done = lsag(*command, "--plot", "bench.png")
+    assert done.returncode == 0, done.stderr
+    assert "plain:digits-nano" in done.stdout and "matrix products" in done.stdout and done.stderr == ""
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(lsag(*command, "--mode", "training", "--system-allocator", "--json").stdout)
+    assert [result["name"] for result in found["groups"][0]["results"]] == ["digits-nano", "plain:digits-nano"]
+    assert found["mode"] == "training" and found["system_allocator"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["digits-nano", "digits-nano"], "named twice"),
+        (["digits-nano", "--peers"], "its own contenders"),
+        (["digits-nano", "--plot", "a.pdf"], ".png"),
+        (["no-such-preset"], "no-such-preset"),
+    ],
+)
+def test_wrong_uses_of_the_command(lsag, arguments, words):
+    assert_refused(lsag("bench", *arguments), 2, words)
