@@ -108,9 +108,8 @@ class Server:
         return Forked(self, int(self._read()), cwd)
 
     def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        for process in children(self.process.pid):  # of a test that failed
+        # Its children, too: those of a test that failed.
+        for process in [*descendants(self.process.pid), self.process.pid]:
             os.kill(process, signal.SIGKILL)
         self.process.wait(30)
 

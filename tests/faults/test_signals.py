@@ -7,7 +7,7 @@ import time
 import pytest
 
 from lsag import load_checkpoint
-from tests.faults.driver import STEPS, Spawned, alive, assert_same, gone, result, steps_logged, wait_for_step
+from tests.faults.driver import Spawned, alive, assert_same, gone, result, steps_logged, wait_for_step
 from tests.faults.test_kill import POINTS, sampled
 
 ACCUM = ["--accum", "2"]
@@ -46,7 +46,8 @@ def test_usr1_saves_and_hup_stops(server, arguments, undisturbed, tmp_path):
     start = time.monotonic()
     assert run.wait() == 143, run.stderr
     assert time.monotonic() - start < 10
-    assert "is saved in run" in run.stderr and "stopped by SIGHUP" in run.stderr
+    # Nothing orders two signals that come at once.
+    assert "is saved in run" in run.stderr and ("stopped by SIGHUP" in run.stderr or "stopped by SIGTERM" in run.stderr)
     run = server.start([*arguments, *ACCUM], tmp_path, {})
     assert run.wait() == 0, run.stderr
     assert_same(result(tmp_path / "run"), undisturbed)
@@ -92,8 +93,8 @@ LAUNCHED = [
 @pytest.mark.parametrize(
     ("to", "number", "code"), [LAUNCHED[0], *(pytest.param(*case, marks=pytest.mark.faults) for case in LAUNCHED[1:])]
 )
-def test_stopping_several_processes(arguments, undisturbed, tmp_path, to, number, code):
-    run = Spawned([*arguments, *SLOW, "--procs", "2"], tmp_path)
+def test_stopping_several_processes(arguments, tmp_path, to, number, code):
+    run = Spawned([*arguments, *SLOW, "--procs", "2", "--epochs", "5000"], tmp_path)  # it does not end by itself
     wait_for_step(tmp_path / "run", 45)
     ranks = run.ranks()
     if to == "launcher":
@@ -106,7 +107,7 @@ def test_stopping_several_processes(arguments, undisturbed, tmp_path, to, number
     assert run.wait(30) == code, run.stderr
     assert time.monotonic() - start < 10 and gone(ranks, 1)
     done = steps_logged(tmp_path / "run")
-    assert 45 <= done < STEPS
+    assert done >= 45
     said = [line for line in run.stderr.splitlines() if not line.startswith(("small: ", "epoch ", "lsag: step "))]
     assert len(said) == 1 and f"step {done} is saved in run" in said[0], run.stderr
     assert load_checkpoint(tmp_path / f"run/step-{done:010d}.pt").training["step"] == done
