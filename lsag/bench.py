@@ -4,6 +4,7 @@ import ast
 import copy
 import itertools
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from lsag.checkpoint import load_checkpoint, random_checkpoint
-from lsag.config import ModelConfig, Preset, load_preset
-from lsag.device import autocast, autocast_dtype, choose_device, peak_memory
+from lsag.config import ModelConfig, Preset, load_preset, parse_override
+from lsag.device import autocast, autocast_dtype, choose_device, keep_freed_memory, peak_memory
 from lsag.errors import UsageError, first_line
 from lsag.flops import count
+from lsag.linear import linear
 from lsag.model import LSAG
 from lsag.plain import plain
 from lsag.runtime import OnnxModel
@@ -29,6 +31,8 @@ MIN_SECONDS = 0.05
 """A turn runs its contender as often as takes so long, so that neither clock nor launches are what is measured."""
 LATENCY_TURNS = 3
 """Turns with one image for each turn with a batch."""
+RIVALS = ("plain", "timm")
+"""Kinds of contenders that are not lsag's own way."""
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}
 """Rows and columns of the square matrices whose product is the measure of what the machine can do."""
 
@@ -66,6 +70,8 @@ the patches are a choice made here. PVT is in timm in its second version only, N
 """
 
 Mode = Literal["inference", "training"]
+Allocator = Literal["kept", "system", "own"]
+"""Of the CPU: freed memory kept for all, as lsag does; the system's way for all; or to each contender its own."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,10 @@ class Bench:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model, images of whose `shape` (C, height, width) `classify` takes; `model` is None for a graph."""
+    """A model, images of whose `shape` (C, height, width) `classify` takes; `model` is None for a graph.
+
+    `ours` says whether it is lsag's own way of running a model.
+    """
 
     name: str
     shape: tuple[int, int, int]
@@ -112,6 +121,7 @@ class Contender:
     macs: int
     classify: Callable[[Tensor], Any]
     model: nn.Module | None = None
+    ours: bool = True
 
 
 def bench(
@@ -122,18 +132,19 @@ def bench(
     device: str = "auto",
     precision: str = "auto",
     compile: bool = False,
+    recompute: bool = False,
     threads: int | None = None,
-    keep_memory: bool = True,
+    allocator: Allocator = "kept",
     rounds: int = 10,
     on_round: Callable[[int], object] = lambda done: None,
 ) -> Bench:
     """Measure each of `specs` (see `open_contender`), `rounds` times in turn, on made-up images.
 
     Inference is a forward pass in the mode the product runs it, with the batch already on the device; training is
-    forward, cross-entropy, backward and an AdamW step. `keep_memory` is that of `choose_device`. `on_round` hears how
-    many rounds are done. UsageError for what cannot be measured in this way.
+    forward, cross-entropy, backward and an AdamW step, with `recompute` as in lsag.train for lsag's own models.
+    `on_round` hears how many rounds are done. UsageError for what cannot be measured in this way.
     """
-    on = choose_device(device, keep_memory=keep_memory)
+    on = choose_device(device)
     if threads:
         torch.set_num_threads(threads)
     dtype = autocast_dtype(on, precision)
@@ -146,11 +157,16 @@ def bench(
             raise UsageError("there is nothing to compile: .onnx graphs run in onnxruntime", "leave --compile away")
         for model in models:
             model.compile()
+    for contender in contenders:
+        if isinstance(contender.model, LSAG) and contender.ours:
+            contender.model.set_grad_checkpointing(recompute)
     runs = [make_run(contender, mode, batch_size, on, dtype) for contender in contenders]
     singles = [make_run(contender, mode, 1, on, dtype) for contender in contenders] if mode == "inference" else []
     side = MATRIX_SIZE[on.type]
     left, right = torch.randn(2, side, side, device=on, dtype=dtype)
-    turns: list[Callable[[], object]] = [*runs, *singles, lambda: left @ right]
+    turns: list[Callable[[], object]] = [*runs, *singles, lambda: linear(left, right)]
+    kept = [allocator == "kept" or (allocator == "own" and contender.ours) for contender in contenders]
+    kept = [*kept, *(kept if singles else []), True]
     repeats = [LATENCY_TURNS if run in singles else 1 for run in turns]
     memory = [tensor_memory(contender, run, mode, on) for contender, run in zip(contenders, runs, strict=True)]
     for run in turns:
@@ -160,8 +176,12 @@ def bench(
     for done in range(rounds):
         on_round(done)
         for index, run in enumerate(turns):
+            if on.type == "cpu" and len(set(kept)) > 1:
+                keep_freed_memory(kept[index])
+                run()
             times[index] += [seconds(run, often[index], on) for _ in range(repeats[index])]
     on_round(rounds)
+    keep_freed_memory()
 
     matrix_rate = side**3 / float(np.median(times[-1]))
     results: list[Result] = []
@@ -192,9 +212,10 @@ def bench(
 def open_contender(
     spec: str, *, mode: Mode = "inference", on: torch.device, threads: int | None = None, own_precision: bool = True
 ) -> Contender:
-    """A preset's name or file, `plain:` and one, a checkpoint, an .onnx file, or `timm:NAME[,key=value...]`.
+    """A preset's name or file, `plain:` and one, a checkpoint, an .onnx file, or `timm:NAME`.
 
-    Presets and timm's models have random weights. UsageError or InputError for what is none of them.
+    A preset may be followed by `,KEY=VALUE` with its settings, a name of timm's with arguments. Presets and timm's
+    models have random weights. UsageError or InputError for what is none of them.
     """
     kind, _, rest = spec.partition(":")
     if spec.endswith(".onnx"):
@@ -208,13 +229,21 @@ def open_contender(
     if kind == "timm":
         model, shape = timm_model(rest)
     else:
-        name = rest if kind == "plain" else spec
-        checkpoint = load_checkpoint(name) if name.endswith(".pt") else random_checkpoint(load_preset(name))
+        name, *settings = split_settings(rest if kind == "plain" else spec)
+        if name.endswith(".pt") and not settings:
+            checkpoint = load_checkpoint(name)
+        else:
+            checkpoint = random_checkpoint(load_preset(name, dict(map(parse_override, settings))))
         shape = image_shape(checkpoint.preset.model)
         model = plain(checkpoint.model) if kind == "plain" else checkpoint.model
     params = sum(parameter.numel() for parameter in model.parameters())
     model = model.train(mode == "training")
-    return Contender(spec, shape, params, count_macs(model, shape), model.to(on), model)
+    return Contender(spec, shape, params, count_macs(model, shape), model.to(on), model, ours=kind not in RIVALS)
+
+
+def split_settings(spec: str) -> list[str]:
+    """'a,b=[1,2],c=3' -> ['a', 'b=[1,2]', 'c=3']."""
+    return re.split(r",(?=[\w.]+=)", spec)
 
 
 def image_shape(config: ModelConfig) -> tuple[int, int, int]:
@@ -226,7 +255,7 @@ def timm_model(spec: str) -> tuple[nn.Module, tuple[int, int, int]]:
     """timm's model for `NAME[,key=value...]` with random weights, and the shape of its images."""
     import timm
 
-    name, *settings = spec.split(",")
+    name, *settings = split_settings(spec)
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name}*")[:3])
         raise UsageError(f"timm has no model '{name}'", f"use one of: {near}" if near else "see timm.list_models()")

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from lsag.config import ModelConfig, StageConfig
+from lsag.linear import Linear
 
 # The release's value; the paper names none.
 NORM_EPS = 1e-6
@@ -43,7 +44,7 @@ class ShiftEmbedding(nn.Module):
         """Rows of the canvas (B, T * C, height, canvas), and the positions (n, T, D) of its tokens -> (B, n, T, D)."""
         # Channels last, the result is already laid out as (B, n, T * D): nothing large is ever transposed.
         x = self.conv(canvas.contiguous(memory_format=torch.channels_last))
-        return x.flatten(2).transpose(1, 2).unflatten(2, pos.shape[1:]).add_(pos)
+        return x.flatten(2).transpose(1, 2).unflatten(2, pos.shape[1:]) + pos
 
     def chunk_size(self, num_bytes: int) -> tuple[int, int]:
         """How many images, and how many rows of tokens of each, have variants that take about `num_bytes` in fp32."""
@@ -88,9 +89,9 @@ class Attention(nn.Module):
         dim = stage.embed_dim
         self.num_heads, self.num_kv_heads = stage.num_heads, stage.num_kv_heads
         self.head_dim = dim // stage.num_heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * self.num_kv_heads * self.head_dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * self.num_kv_heads * self.head_dim)
+        self.proj = Linear(dim, dim)
 
 
 class LocalAttention(Attention):
@@ -108,11 +109,17 @@ class LocalAttention(Attention):
         key_weight, value_weight = self.kv.weight.unflatten(0, (2, self.num_kv_heads, self.head_dim)).unbind(0)
         value_bias = self.kv.bias.unflatten(0, (2, self.num_kv_heads, 1, self.head_dim))[1]
         query = self.q(variants[:, :, 0]).unflatten(2, heads) * self.head_dim**-0.5
-        query = torch.einsum("bnkgd,kdc->bnkgc", query, key_weight).flatten(2, 3)
-        weights = torch.einsum("bnhc,bntc->bnht", query, variants).softmax(dim=-1)
-        mean = torch.einsum("bnht,bntc->bnhc", weights, variants).unflatten(2, heads[:2])
-        out = torch.einsum("bnkgc,kdc->bnkgd", mean, value_weight) + value_bias
+        query = per_head(query, key_weight).flatten(2, 3)
+        weights = (query @ variants.transpose(2, 3)).softmax(dim=-1)
+        mean = (weights @ variants).unflatten(2, heads[:2])
+        out = per_head(mean, value_weight.transpose(1, 2)) + value_bias
         return self.proj(out.flatten(2))
+
+
+def per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, N, K, G, a) with a matrix for each key/value head, (K, a, b) -> (B, N, K, G, b)."""
+    batch, tokens, _, group, _ = x.shape
+    return (x.permute(2, 0, 1, 3, 4).flatten(1, 3) @ weight).unflatten(1, (batch, tokens, group)).permute(1, 2, 0, 3, 4)
 
 
 class GlobalAttention(Attention):
@@ -139,7 +146,7 @@ class Block(nn.Module):
         super().__init__()
         hidden = int(stage.embed_dim * config.mlp_ratio)
         self.attn = attn
-        self.mlp = nn.Sequential(nn.Linear(stage.embed_dim, hidden), nn.GELU(), nn.Linear(hidden, stage.embed_dim))
+        self.mlp = nn.Sequential(Linear(stage.embed_dim, hidden), nn.GELU(), Linear(hidden, stage.embed_dim))
         self.drop_path = StochasticDepth(config.drop_path, mode="row")
 
     def forward(self, x: Tensor, norm1: nn.Module, norm2: nn.Module) -> Tensor:
@@ -241,7 +248,7 @@ class LSAG(nn.Module):
         self.embed = ShiftEmbedding(config)
         self.stages = nn.ModuleList(Stage(config, index) for index in range(len(config.stages)))
         self.norm = nn.LayerNorm(self.num_features, eps=NORM_EPS)
-        self.head = nn.Linear(self.num_features, config.num_classes)
+        self.head = Linear(self.num_features, config.num_classes)
         self.apply(_init_weights)
         for name, parameter in self.named_parameters():
             if name.endswith("pos"):
@@ -288,7 +295,7 @@ class LSAG(nn.Module):
             raise ValueError(f"global_pool {global_pool!r} is not 'avg'")
         self.num_classes = num_classes
         old = next(self.parameters())
-        self.head = nn.Linear(self.num_features, num_classes).to(old) if num_classes else nn.Identity()  # type: ignore[assignment]
+        self.head = Linear(self.num_features, num_classes).to(old) if num_classes else nn.Identity()  # type: ignore[assignment]
         self.head.apply(_init_weights)
         if num_classes:
             self.config = self.config.model_copy(update={"num_classes": num_classes})

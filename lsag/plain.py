@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lsag.linear import Linear
 from lsag.model import LSAG, Attention, GlobalAttention, LocalAttention, LocalBlock, ShiftEmbedding
 
 
@@ -52,6 +53,7 @@ class _PlainGlobal(GlobalAttention):
 
 
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    Linear: nn.Linear,
     ShiftEmbedding: _PlainEmbedding,
     LocalAttention: _PlainLocal,
     GlobalAttention: _PlainGlobal,

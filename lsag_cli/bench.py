@@ -34,8 +34,8 @@ def bench(
     contenders: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Presets, checkpoints, .onnx files, timm:NAME[,key=value...], or plain:PRESET, the released "
-            "formulation. The first is the measure of the others.",
+            help="Presets, checkpoints, .onnx files, timm:NAME, or plain:PRESET, the released formulation; presets and "
+            "timm's names with settings, as NAME,KEY=VALUE. The first is the measure of the others.",
             show_default=" ".join(DEFAULT),
         ),
     ] = None,
@@ -55,11 +55,15 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the CPU for each contender.", show_default="by the machine")
     ] = None,
-    system_allocator: Annotated[
-        bool,
+    allocator: Annotated[
+        Literal["kept", "system", "own"],
         typer.Option(
-            "--system-allocator", help="Leave the memory allocator as it is elsewhere, without lsag's tuning."
+            help="The CPU's memory: freed memory kept for all, as lsag does; as the system has it for all; or to each "
+            "contender as it comes."
         ),
+    ] = "kept",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="In training: lsag's models compute the local block twice.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the images per second as bars, a PNG.")] = None,
     as_json: Json = False,
@@ -69,6 +73,8 @@ def bench(
         raise UsageError(f"--plot {plot} does not end in .png", "give a file of that kind")
     if peers and contenders:
         raise UsageError("--peers brings its own contenders", "leave the others away")
+    if recompute and mode == "inference":
+        raise UsageError("--recompute is for training", "add --mode training")
     if len(set(contenders or ())) < len(contenders or ()):
         raise UsageError("a contender is named twice", "name each once")
     with leaving_at_once():
@@ -90,8 +96,9 @@ def bench(
                 device=device,
                 precision=dtype,
                 compile=compile,
+                recompute=recompute,
                 threads=threads,
-                keep_memory=not system_allocator,
+                allocator=allocator,
                 rounds=rounds,
                 on_round=lambda done, task=task: bar.update(task, completed=done),  # type: ignore[misc]
             )
@@ -100,11 +107,18 @@ def bench(
     if as_json:
         figures = [{"group": group, **asdict(found)} for group, found in measured.items()]
         return print_json(
-            "bench", mode=mode, batch_size=batch, compile=compile, system_allocator=system_allocator, groups=figures
+            "bench",
+            mode=mode,
+            batch_size=batch,
+            compile=compile,
+            recompute=recompute,
+            allocator=allocator,
+            groups=figures,
         )
     for group, found in measured.items():
         how = f"{mode}, batch {batch}, {found.dtype}{', compiled' if compile else ''}"
-        how += ", the system's allocator" if system_allocator else ""
+        how += ", recomputed" if recompute else ""
+        how += "" if allocator == "kept" else f", allocator: {allocator}"
         where = f"{found.device}, {found.threads} threads, matrix products {giga(found.matrix_rate)}MACs/s"
         shown = table(*COLUMNS, *(["paper's\nimg/s"] if peers else []), title=f"{group} {how} on {where}".lstrip())
         for result in found.results:

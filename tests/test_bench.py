@@ -55,6 +55,24 @@ def test_the_released_formulation_counts_as_the_release(name):
     assert contender.macs == count(load_preset(name).model).macs
 
 
+def test_presets_take_settings():
+    shifts = "model.shifts=[[0,0],[1,0]]"
+    ours, released = (
+        open_contender(f"{kind}cifar-tiny,{shifts},model.image_size=16", on=CPU) for kind in ("", "plain:")
+    )
+    config = load_preset("cifar-tiny", {"model.shifts": [[0, 0], [1, 0]], "model.image_size": 16}).model
+    assert (ours.shape, ours.macs, released.macs) == ((3, 16, 16), count(config).macs_run, count(config).macs)
+    assert ours.ours and not released.ours
+
+
+def test_recomputing_saves_memory():
+    kept, recomputed = (
+        bench(["cifar-nano"], mode="training", batch_size=8, device="cpu", rounds=1, recompute=flag).results[0]
+        for flag in (False, True)
+    )
+    assert recomputed.peak_memory < 0.9 * kept.peak_memory
+
+
 def test_fused_attention_is_counted():
     model = torch.nn.MultiheadAttention(8, 2, batch_first=True)
 
@@ -92,9 +110,9 @@ def test_the_command(lsag, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "plain:digits-nano" in done.stdout and "matrix products" in done.stdout and done.stderr == ""
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads(lsag(*command, "--mode", "training", "--system-allocator", "--json").stdout)
+    found = json.loads(lsag(*command, "--mode", "training", "--allocator", "own", "--json").stdout)
     assert [result["name"] for result in found["groups"][0]["results"]] == ["digits-nano", "plain:digits-nano"]
-    assert found["mode"] == "training" and found["system_allocator"] is True
+    assert found["mode"] == "training" and found["allocator"] == "own"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +121,8 @@ def test_the_command(lsag, tmp_path):
         (["digits-nano", "digits-nano"], "named twice"),
         (["digits-nano", "--peers"], "its own contenders"),
         (["digits-nano", "--plot", "a.pdf"], ".png"),
+        (["digits-nano", "--recompute"], "--mode training"),
+        (["digits-nano,model.imge_size=8"], "imge_size"),
         (["no-such-preset"], "no-such-preset"),
     ],
 )

@@ -1,0 +1,61 @@
+import pytest
+import torch
+from torch import nn
+
+import lsag.linear
+from lsag import LSAG
+from lsag.linear import Linear, linear
+from lsag.plain import plain
+from tests.conftest import small_config
+
+INPUTS = {
+    "rows": torch.randn(5, 6),
+    "one row": torch.randn(1, 6),
+    "tokens": torch.randn(2, 3, 6),
+    "rows that stand apart": torch.randn(2, 3, 4, 6)[:, :, 1],
+    "transposed": torch.randn(3, 6, 4).transpose(1, 2),
+    "no rows": torch.randn(0, 6),
+    "a vector": torch.randn(6),
+}
+
+
+@pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("wide", [9, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_and_gradients_are_those_of_torch(x, wide, bias):
+    weight, offset = torch.randn(wide, 6, requires_grad=True), torch.randn(wide, requires_grad=True) if bias else None
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    leaves = [leaf for leaf in (x, weight, offset) if leaf is not None]
+    found, expected = linear(x, weight, offset), nn.functional.linear(x, weight, offset)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn(expected.shape[::-1]).permute(*reversed(range(expected.dim())))  # not contiguous either
+    for ours, theirs in zip(
+        torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x, weight, offset), expected)
+
+
+@pytest.mark.skipif(lsag.linear._onednn is None, reason="no oneDNN here")
+def test_only_what_it_serves_goes_through_onednn(monkeypatch):
+    calls = []
+    real = lsag.linear._onednn
+    monkeypatch.setattr(lsag.linear, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
+    layer, x = Linear(4, 4), torch.randn(2, 4)
+    layer(x)
+    assert calls.pop() and not calls
+    layer.double()(x.double())
+    layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype is torch.bfloat16
+    assert layer.to("meta")(x.to("meta")).device.type == "meta"
+    plain(LSAG(small_config())).forward(torch.randn(1, 3, 12, 12))
+    assert not calls
+
+
+def test_a_frozen_layer_gets_no_gradient():
+    layer, x = Linear(4, 3).requires_grad_(False), torch.randn(2, 4, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None and layer.bias.grad is None
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, 4))
