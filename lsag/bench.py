@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lsag.checkpoint import load_checkpoint, random_checkpoint
 from lsag.config import ModelConfig, Preset, load_preset, parse_override
-from lsag.device import autocast, autocast_dtype, choose_device, keep_freed_memory, peak_memory
+from lsag.device import autocast, autocast_dtype, choose_device, peak_memory
 from lsag.errors import UsageError, first_line
 from lsag.flops import count
-from lsag.linear import linear
 from lsag.model import LSAG
+from lsag.onednn import linear
 from lsag.plain import plain
 from lsag.runtime import OnnxModel
 
@@ -31,8 +31,6 @@ MIN_SECONDS = 0.05
 """A turn runs its contender as often as takes so long, so that neither clock nor launches are what is measured."""
 LATENCY_TURNS = 3
 """Turns with one image for each turn with a batch."""
-RIVALS = ("plain", "timm")
-"""Kinds of contenders that are not lsag's own way."""
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}
 """Rows and columns of the square matrices whose product is the measure of what the machine can do."""
 
@@ -70,8 +68,6 @@ the patches are a choice made here. PVT is in timm in its second version only, N
 """
 
 Mode = Literal["inference", "training"]
-Allocator = Literal["kept", "system", "own"]
-"""Of the CPU: freed memory kept for all, as lsag does; the system's way for all; or to each contender its own."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +106,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model, images of whose `shape` (C, height, width) `classify` takes; `model` is None for a graph.
-
-    `ours` says whether it is lsag's own way of running a model.
-    """
+    """A model, images of whose `shape` (C, height, width) `classify` takes; `model` is None for a graph."""
 
     name: str
     shape: tuple[int, int, int]
@@ -121,7 +114,6 @@ class Contender:
     macs: int
     classify: Callable[[Tensor], Any]
     model: nn.Module | None = None
-    ours: bool = True
 
 
 def bench(
@@ -134,7 +126,7 @@ def bench(
     compile: bool = False,
     recompute: bool = False,
     threads: int | None = None,
-    allocator: Allocator = "kept",
+    keep_memory: bool = True,
     rounds: int = 10,
     on_round: Callable[[int], object] = lambda done: None,
 ) -> Bench:
@@ -142,9 +134,10 @@ def bench(
 
     Inference is a forward pass in the mode the product runs it, with the batch already on the device; training is
     forward, cross-entropy, backward and an AdamW step, with `recompute` as in lsag.train for lsag's own models.
-    `on_round` hears how many rounds are done. UsageError for what cannot be measured in this way.
+    `keep_memory` is that of `choose_device`, for all contenders alike. `on_round` hears how many rounds are done.
+    UsageError for what cannot be measured in this way.
     """
-    on = choose_device(device)
+    on = choose_device(device, keep_memory=keep_memory)
     if threads:
         torch.set_num_threads(threads)
     dtype = autocast_dtype(on, precision)
@@ -158,15 +151,13 @@ def bench(
         for model in models:
             model.compile()
     for contender in contenders:
-        if isinstance(contender.model, LSAG) and contender.ours:
+        if isinstance(contender.model, LSAG) and not contender.name.startswith("plain:"):
             contender.model.set_grad_checkpointing(recompute)
     runs = [make_run(contender, mode, batch_size, on, dtype) for contender in contenders]
     singles = [make_run(contender, mode, 1, on, dtype) for contender in contenders] if mode == "inference" else []
     side = MATRIX_SIZE[on.type]
     left, right = torch.randn(2, side, side, device=on, dtype=dtype)
     turns: list[Callable[[], object]] = [*runs, *singles, lambda: linear(left, right)]
-    kept = [allocator == "kept" or (allocator == "own" and contender.ours) for contender in contenders]
-    kept = [*kept, *(kept if singles else []), True]
     repeats = [LATENCY_TURNS if run in singles else 1 for run in turns]
     memory = [tensor_memory(contender, run, mode, on) for contender, run in zip(contenders, runs, strict=True)]
     for run in turns:
@@ -176,12 +167,8 @@ def bench(
     for done in range(rounds):
         on_round(done)
         for index, run in enumerate(turns):
-            if on.type == "cpu" and len(set(kept)) > 1:
-                keep_freed_memory(kept[index])
-                run()
             times[index] += [seconds(run, often[index], on) for _ in range(repeats[index])]
     on_round(rounds)
-    keep_freed_memory()
 
     matrix_rate = side**3 / float(np.median(times[-1]))
     results: list[Result] = []
@@ -238,7 +225,7 @@ def open_contender(
         model = plain(checkpoint.model) if kind == "plain" else checkpoint.model
     params = sum(parameter.numel() for parameter in model.parameters())
     model = model.train(mode == "training")
-    return Contender(spec, shape, params, count_macs(model, shape), model.to(on), model, ours=kind not in RIVALS)
+    return Contender(spec, shape, params, count_macs(model, shape), model.to(on), model)
 
 
 def split_settings(spec: str) -> list[str]:

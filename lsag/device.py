@@ -11,10 +11,10 @@ import torch
 from lsag.errors import UnavailableError
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str = "auto", *, keep_memory: bool = True) -> torch.device:
     """`auto` takes CUDA, then Apple's MPS, then the CPU; any other name is that device or an UnavailableError.
 
-    On the CPU the process is set up to keep the memory that tensors free.
+    On the CPU the process is set up to keep the memory that tensors free, unless `keep_memory` is off.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -25,8 +25,8 @@ def choose_device(name: str = "auto") -> torch.device:
         choices = ", ".join(kind for kind, there in available.items() if there)
         raise UnavailableError(f"device '{name}' is not available here", f"use one of: {choices}")
     device = torch.device(name)
-    if device.type == "cpu":
-        keep_freed_memory()
+    if device.type == "cpu" and keep_memory:
+        _keep_freed_memory()
     return device
 
 
@@ -61,23 +61,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def keep_freed_memory(keep: bool = True) -> None:
-    """Keep glibc from giving large freed tensors back to the system at once, or let it again as it does by itself.
+def _keep_freed_memory() -> None:
+    """Keep glibc from giving large freed tensors back to the system at once.
 
     Every step allocates the same activations again, and each of their pages would fault anew. What that costs is
     measured in docs/benchmarks.md.
     """
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if not hasattr(libc, "mallopt"):
-            return
-        m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
-        if keep:
-            libc.mallopt(m_mmap_max, 0)
-            libc.mallopt(m_trim_threshold, 2**31 - 1)
-            return
-        # Where glibc's own moving thresholds end up once a program has freed large blocks.
-        libc.mallopt(m_mmap_max, 2**16)
-        libc.mallopt(m_mmap_threshold, 2**25)
-        libc.mallopt(m_trim_threshold, 2**26)
-        libc.malloc_trim(0)
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            m_trim_threshold, m_mmap_max = -1, -4
+            mallopt(m_mmap_max, 0)
+            mallopt(m_trim_threshold, 2**31 - 1)

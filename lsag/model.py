@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from lsag.config import ModelConfig, StageConfig
-from lsag.linear import Linear
+from lsag.onednn import Linear, attention
 
 # The release's value; the paper names none.
 NORM_EPS = 1e-6
@@ -131,7 +131,7 @@ class GlobalAttention(Attention):
         # The G query heads of a key/value head stand one after the other on the token axis: nothing is repeated.
         query = self.q(x).unflatten(2, (kv_heads, group, self.head_dim)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         key, value = self.kv(x).unflatten(2, (2, kv_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(query, key, value)
+        out = attention(query, key, value)
         return self.proj(out.unflatten(2, (group, tokens)).permute(0, 3, 1, 2, 4).flatten(2))
 
 

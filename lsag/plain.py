@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsag.linear import Linear
 from lsag.model import LSAG, Attention, GlobalAttention, LocalAttention, LocalBlock, ShiftEmbedding
+from lsag.onednn import Linear
 
 
 class _PlainEmbedding(ShiftEmbedding):

@@ -55,13 +55,12 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the CPU for each contender.", show_default="by the machine")
     ] = None,
-    allocator: Annotated[
-        Literal["kept", "system", "own"],
+    system_allocator: Annotated[
+        bool,
         typer.Option(
-            help="The CPU's memory: freed memory kept for all, as lsag does; as the system has it for all; or to each "
-            "contender as it comes."
+            "--system-allocator", help="Leave the memory allocator as other programs have it, for all of them."
         ),
-    ] = "kept",
+    ] = False,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="In training: lsag's models compute the local block twice.")
     ] = False,
@@ -98,7 +97,7 @@ def bench(
                 compile=compile,
                 recompute=recompute,
                 threads=threads,
-                allocator=allocator,
+                keep_memory=not system_allocator,
                 rounds=rounds,
                 on_round=lambda done, task=task: bar.update(task, completed=done),  # type: ignore[misc]
             )
@@ -112,13 +111,13 @@ def bench(
             batch_size=batch,
             compile=compile,
             recompute=recompute,
-            allocator=allocator,
+            system_allocator=system_allocator,
             groups=figures,
         )
     for group, found in measured.items():
         how = f"{mode}, batch {batch}, {found.dtype}{', compiled' if compile else ''}"
         how += ", recomputed" if recompute else ""
-        how += "" if allocator == "kept" else f", allocator: {allocator}"
+        how += ", the system's allocator" if system_allocator else ""
         where = f"{found.device}, {found.threads} threads, matrix products {giga(found.matrix_rate)}MACs/s"
         shown = table(*COLUMNS, *(["paper's\nimg/s"] if peers else []), title=f"{group} {how} on {where}".lstrip())
         for result in found.results:

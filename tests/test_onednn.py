@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-import lsag.linear
+import lsag.onednn
 from lsag import LSAG
-from lsag.linear import Linear, linear
+from lsag.onednn import Linear, attention, linear
 from lsag.plain import plain
 from tests.conftest import small_config
 
@@ -37,11 +37,11 @@ def test_products_and_gradients_are_those_of_torch(x, wide, bias):
         torch.testing.assert_close(linear(x, weight, offset), expected)
 
 
-@pytest.mark.skipif(lsag.linear._onednn is None, reason="no oneDNN here")
+@pytest.mark.skipif(lsag.onednn._onednn is None, reason="no oneDNN here")
 def test_only_what_it_serves_goes_through_onednn(monkeypatch):
     calls = []
-    real = lsag.linear._onednn
-    monkeypatch.setattr(lsag.linear, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
+    real = lsag.onednn._onednn
+    monkeypatch.setattr(lsag.onednn, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
     layer, x = Linear(4, 4), torch.randn(2, 4)
     layer(x)
     assert calls.pop() and not calls
@@ -52,6 +52,17 @@ def test_only_what_it_serves_goes_through_onednn(monkeypatch):
     assert layer.to("meta")(x.to("meta")).device.type == "meta"
     plain(LSAG(small_config())).forward(torch.randn(1, 3, 12, 12))
     assert not calls
+
+
+@pytest.mark.parametrize("queries", [1, 300, 1500])
+def test_attention_is_that_of_torch(queries):
+    """Heads that stand apart in memory, as the model has them, and more queries than are treated at a time."""
+    query = torch.randn(2, queries, 3, 8).transpose(1, 2)
+    key, value = torch.randn(2, 300, 2, 3, 8).permute(2, 0, 3, 1, 4)
+    expected = nn.functional.scaled_dot_product_attention(query, key, value)
+    with torch.inference_mode():
+        torch.testing.assert_close(attention(query, key, value), expected)
+    torch.testing.assert_close(attention(query, key, value), expected)
 
 
 def test_a_frozen_layer_gets_no_gradient():
