@@ -124,7 +124,7 @@ def bench(
     device: str = "auto",
     precision: str = "auto",
     compile: bool = False,
-    recompute: bool = False,
+    recompute: Literal["none", "local", "all"] = "none",
     threads: int | None = None,
     keep_memory: bool = True,
     rounds: int = 10,
@@ -152,7 +152,7 @@ def bench(
             model.compile()
     for contender in contenders:
         if isinstance(contender.model, LSAG) and not contender.name.startswith("plain:"):
-            contender.model.set_grad_checkpointing(recompute)
+            contender.model.set_grad_checkpointing(recompute != "none", local_only=recompute == "local")
     runs = [make_run(contender, mode, batch_size, on, dtype) for contender in contenders]
     singles = [make_run(contender, mode, 1, on, dtype) for contender in contenders] if mode == "inference" else []
     side = MATRIX_SIZE[on.type]
@@ -341,13 +341,13 @@ def probe(
     slice_size: int,
     precision: str = "auto",
     compile: bool = False,
-    recompute: bool = False,
+    recompute: Literal["none", "local", "all"] = "none",
     steps: int = 3,
 ) -> tuple[float, int]:
     """Seconds that one training step on made-up images takes, a slice at a time, and the peak memory in bytes."""
     on = choose_device(device)
     model = LSAG(preset.model).to(on)
-    model.set_grad_checkpointing(recompute)
+    model.set_grad_checkpointing(recompute != "none", local_only=recompute == "local")
     if compile:
         model.compile()
     contender = Contender(preset.name, image_shape(preset.model), 0, 0, model, model)

@@ -5,7 +5,7 @@ K key/value heads (K = H for plain multi-head attention, K = 1 for multi-query),
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -148,25 +148,33 @@ class Block(nn.Module):
         self.attn = attn
         self.mlp = nn.Sequential(Linear(stage.embed_dim, hidden), nn.GELU(), Linear(hidden, stage.embed_dim))
         self.drop_path = StochasticDepth(config.drop_path, mode="row")
+        self.recompute = False
 
     def forward(self, x: Tensor, norm1: nn.Module, norm2: nn.Module) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        x = x + self.drop_path(self.attn(norm1(x)))
+        return self.remember(lambda x: self.feed(x + self.drop_path(self.attn(norm1(x))), norm2), x)
+
+    def feed(self, x: Tensor, norm2: nn.Module) -> Tensor:
+        """(B, N, D) -> (B, N, D): the second half of the block."""
         return x + self.drop_path(self.mlp(norm2(x)))
+
+    def remember(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`run` of the inputs; with `recompute` only these are kept for the backward, and it runs there once more."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(run, *inputs, use_reentrant=False)
+        return run(*inputs)
 
 
 class LocalBlock(Block):
     """The first block, which embeds the image itself, a chunk of tokens after another.
 
     The variants of all tokens, (B, N, T, D), are by far the largest tensor of the network. Without gradients only those
-    of one chunk exist at a time. A training keeps those of all chunks for the backward, or with `recompute` computes
-    them again there, a chunk at a time.
+    of one chunk exist at a time, and in a training with `recompute`. Else a training keeps them all for the backward.
     """
 
     def __init__(self, config: ModelConfig, stage: StageConfig) -> None:
         super().__init__(config, stage, LocalAttention(stage))
         self.chunk_bytes: int | None = CHUNK_BYTES
-        self.recompute = False
 
     def forward(self, images: Tensor, embed: ShiftEmbedding, norm1: nn.Module, norm2: nn.Module) -> Tensor:  # type: ignore[override]
         """(B, C, height, width) -> (B, N, D)."""
@@ -175,21 +183,18 @@ class LocalBlock(Block):
             variants = embed(canvas, pos)
             return torch.cat([variants[:, :, 0], self.attn(norm1(variants))], dim=2)
 
-        def run(canvas: Tensor, pos: Tensor) -> Tensor:
-            if self.recompute and torch.is_grad_enabled():
-                return checkpoint(attend, canvas, pos, use_reentrant=False, preserve_rng_state=False)
-            return attend(canvas, pos)
-
         canvas = embed.canvas(images)
         if self.chunk_bytes is None or torch.compiler.is_compiling():  # a graph for any batch, fused by its compiler
-            both = run(canvas, embed.pos)
+            both = self.remember(attend, canvas, embed.pos)
         else:
             num_images, num_rows = embed.chunk_size(self.chunk_bytes)
-            some = ([run(*band) for band in embed.bands(images, num_rows)] for images in canvas.split(num_images))
+            some = (
+                [self.remember(attend, *band) for band in embed.bands(images, num_rows)]
+                for images in canvas.split(num_images)
+            )
             both = torch.cat([torch.cat(bands, dim=1) for bands in some])
         x, attended = both.chunk(2, dim=2)
-        x = x + self.drop_path(attended)
-        return x + self.drop_path(self.mlp(norm2(x)))
+        return self.remember(lambda x: self.feed(x, norm2), x + self.drop_path(attended))
 
 
 class Downsample(nn.Module):
@@ -275,12 +280,14 @@ class LSAG(nn.Module):
         x = x.mean(dim=1)
         return x if pre_logits else self.head(x)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the local block a second time in the backward, instead of keeping its activations.
+    def set_grad_checkpointing(self, enable: bool = True, *, local_only: bool = False) -> None:
+        """Compute blocks once more in the backward instead of keeping what they computed; the gradients are the same.
 
-        They hold T variants of every patch, and are the largest of all. The gradients are the same.
+        `local_only` does so for the local block alone, whose T variants of every patch are the largest tensor.
         """
-        self.stages[0].blocks[0].recompute = enable  # type: ignore[union-attr, index]
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = enable and (isinstance(module, LocalBlock) or not local_only)
 
     def get_classifier(self) -> nn.Module:
         """The linear layer that gives the logits, or Identity when it was removed."""

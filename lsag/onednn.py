@@ -4,7 +4,6 @@ It leaves fp32 products to MKL. On the AMD processor of docs/benchmarks.md oneDN
 GMACs/s against 105. The operator is one that torch.compile calls on a CPU.
 """
 
-
 import platform
 from typing import Any
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ EVAL_BATCH = 128
 MAX_SKIPPED = 10
 """Steps in a row whose loss or gradient may be not finite; they are skipped."""
 
+Recompute = Literal["none", "local", "all"]
+
 logger = logging.getLogger(__name__)
 
 
@@ -65,7 +67,7 @@ def train(
     accum: int = 1,
     precision: str = "auto",
     compile: bool = False,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     deterministic: bool = False,
     save_minutes: float = 5.0,
     save_retry_minutes: float = 30.0,
@@ -79,9 +81,9 @@ def train(
 
     `init_from` is a checkpoint whose weights are the first ones, with `reset_head` all but the classifier's. The batch
     is cut over the processes of the world that this one is part of (torchrun's variables), and each cuts its part into
-    `accum` slices, one after the other. `precision` is that of `autocast_dtype`; `compile` compiles the model in place,
-    `recompute` saves memory in the local block, `deterministic` allows only operations that give the same bits again.
-    The number of `workers` that prepare images is chosen by default, and does not change the result.
+    `accum` slices, one after the other. `precision` is that of `autocast_dtype`; `compile` compiles the model in place;
+    `recompute` saves the memory of the local block, or of all blocks; `deterministic` allows only operations that give
+    the same bits again. The number of `workers` that prepare images is chosen by default, and changes no result.
 
     Yields Started once, then Steps and Epochs, then Finished. Raises those of lsag.errors; CheckError for losses that
     are not finite; TerminatedError or InterruptedByUserError after a signal, the run being saved.
@@ -130,7 +132,7 @@ def train(
         if init_from is not None and checkpoint is None:
             notes += [f"weights from {init_from}", *initialise_from(model, init_from, reset_head=reset_head)]
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        model.set_grad_checkpointing(recompute)
+        model.set_grad_checkpointing(recompute != "none", local_only=recompute == "local")
         optimizer = make_optimizer(model, recipe)
         dtype = autocast_dtype(on, precision)
         scaler = torch.amp.GradScaler(on.type, enabled=dtype is torch.float16)

@@ -124,7 +124,7 @@ def run() -> int:
             or "OutOfMemory" in type(error).__name__
             or "DefaultCPUAllocator" in str(error)
         ):
-            return fail("out of memory", "train: --accum 2, --recompute; eval: lower --batch-size", 4)
+            return fail("out of memory", "train: --accum 2, --recompute all; eval: lower --batch-size", 4)
         return bug(error)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lsag.errors import UsageError
-from lsag_cli.options import Device, Json, leaving_at_once
+from lsag_cli.options import Device, Json, Recompute, leaving_at_once
 from lsag_cli.output import giga, is_terminal, mega, percent, print_json, say, say_table, stderr, table
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ def bench(
             "--system-allocator", help="Leave the memory allocator as other programs have it, for all of them."
         ),
     ] = False,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="In training: lsag's models compute the local block twice.")
-    ] = False,
+    recompute: Recompute = "none",
     plot: Annotated[Path | None, typer.Option(help="Draw the images per second as bars, a PNG.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -72,7 +70,7 @@ def bench(
         raise UsageError(f"--plot {plot} does not end in .png", "give a file of that kind")
     if peers and contenders:
         raise UsageError("--peers brings its own contenders", "leave the others away")
-    if recompute and mode == "inference":
+    if recompute != "none" and mode == "inference":
         raise UsageError("--recompute is for training", "add --mode training")
     if len(set(contenders or ())) < len(contenders or ()):
         raise UsageError("a contender is named twice", "name each once")
@@ -116,7 +114,7 @@ def bench(
         )
     for group, found in measured.items():
         how = f"{mode}, batch {batch}, {found.dtype}{', compiled' if compile else ''}"
-        how += ", recomputed" if recompute else ""
+        how += "" if recompute == "none" else f", {recompute} recomputed"
         how += ", the system's allocator" if system_allocator else ""
         where = f"{found.device}, {found.threads} threads, matrix products {giga(found.matrix_rate)}MACs/s"
         shown = table(*COLUMNS, *(["paper's\nimg/s"] if peers else []), title=f"{group} {how} on {where}".lstrip())

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -43,6 +43,10 @@ DataDir = Annotated[Path | None, typer.Option(help="Where the data is.", show_de
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that prepare images.", show_default="by the machine")
+]
+Recompute = Annotated[
+    Literal["none", "local", "all"],
+    typer.Option(help="Less memory: compute the local block, or all blocks, once more in the backward."),
 ]
 NoDownload = Annotated[bool, typer.Option("--no-download", help="Never fetch a dataset.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -25,6 +25,7 @@ from lsag_cli.options import (
     NoDownload,
     OptionalPreset,
     Overrides,
+    Recompute,
     Workers,
     data_dir_or_default,
     leaving_at_once,
@@ -118,9 +119,7 @@ def train(
         typer.Option(help="auto: bf16 on GPUs, fp16 on those without it, else fp32.", rich_help_panel=SPEED),
     ] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the model.", rich_help_panel=SPEED)] = False,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Less memory: compute the local block twice.", rich_help_panel=SPEED)
-    ] = False,
+    recompute: Recompute = "none",
     deterministic: Annotated[
         bool,
         typer.Option("--deterministic", help="The same bits again on a GPU, more slowly.", rich_help_panel=SPEED),

@@ -46,8 +46,8 @@ def test_chunks_and_the_released_formulation_give_the_same(config, chunk):
     expected = released(batch)
     expected.square().sum().backward()
     largest = max(parameter.grad.abs().max() for parameter in released.parameters())
-    for recompute in (False, True):
-        model.set_grad_checkpointing(recompute)
+    for recompute, local_only in ((False, False), (True, True), (True, False)):
+        model.set_grad_checkpointing(recompute, local_only=local_only)
         model.zero_grad()
         found = model(batch)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

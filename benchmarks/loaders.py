@@ -1,0 +1,58 @@
+"""Whether images are prepared faster than a training step takes them, with the whole recipe.
+
+    python benchmarks/loaders.py cifar-nano CIFAR_FOLDER in1k-tiny IMAGENET_FOLDER
+
+A folder has train/CLASS/* and val/CLASS/* or test/CLASS/*. Loader and step are measured alone, taking turns: on a CPU
+they share the cores when they run together.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from lsag import load_preset
+from lsag.bench import image_shape, make_run, open_contender, seconds
+from lsag.data import EpochBatches, batches, train_loader
+from lsag.device import available_cores, choose_device
+from lsag.sources import FolderSource, open_split
+
+BATCH = {"cifar-nano": 128}
+IMAGES = 4_096
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="+", metavar="PRESET FOLDER")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    on, workers = choose_device("cpu"), available_cores()
+    for name, folder in zip(options.pairs[::2], options.pairs[1::2], strict=True):
+        batch = BATCH.get(name, 8)
+        preset = load_preset(name, {"train.batch_size": batch}, dataset="folder")
+        source = open_split("folder", Path(folder), train=True, in_channels=preset.model.in_channels)
+        if isinstance(source, FolderSource):
+            source = source.packed()
+        order = EpochBatches(len(source), preset)
+        order.num_steps = min(order.num_steps, IMAGES // batch)
+        step = make_run(open_contender(name, mode="training", on=on), "training", batch, on, torch.float32)
+        loads, steps = [], []
+        for _ in range(options.rounds):
+            loading = batches(train_loader(source, preset, order, workers=workers))
+            images, _ = next(loading)  # the workers' start is not counted
+            start = time.perf_counter()
+            loads.append(sum(len(images) for images, _ in loading) / (time.perf_counter() - start))
+            assert images.shape[1:] == image_shape(preset.model)
+            steps.append(batch / min(seconds(step, 1, on) for _ in range(3)))
+        loaded, needed = statistics.median(loads), statistics.median(steps)
+        where = "in memory" if not isinstance(source, FolderSource) else "from files"
+        print(
+            f"{name}: {workers} workers prepare {loaded:,.0f} images/s ({where}), a step takes {needed:,.0f}: "
+            f"{loaded / needed:.1f} times what it needs"
+        )
+
+
+if __name__ == "__main__":
+    main()
