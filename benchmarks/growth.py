@@ -22,7 +22,7 @@ def measure(rounds: int) -> dict[str, list[tuple[float, Result]]]:
         found = bench(list(specs.values()), batch_size=batch, rounds=rounds, device="cpu")
         return list(zip(specs, found.results, strict=True))
 
-    tokens = {(size // 4) ** 2: f"in1k-small,model.image_size={size}" for size in SIZES}
+    tokens = {(size // 4) ** 2: f"in1k-small,model.image_size={size},data.eval_resize={size}" for size in SIZES}
     return {
         "variants T (cifar-tiny, batch 8)": points(
             {count: f"cifar-tiny,model.shifts={SHIFTS[:count]}" for count in VARIANTS}, 8

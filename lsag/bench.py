@@ -25,7 +25,7 @@ from lsag.flops import count
 from lsag.model import LSAG
 from lsag.onednn import linear
 from lsag.plain import plain
-from lsag.runtime import OnnxModel
+from lsag.runtime import Session
 
 MIN_SECONDS = 0.05
 """A turn runs its contender as often as takes so long, so that neither clock nor launches are what is measured."""
@@ -208,7 +208,7 @@ def open_contender(
     if spec.endswith(".onnx"):
         if mode == "training" or not own_precision:
             raise UsageError(f"{spec} can only be run, and in its own precision", "choose a preset or a checkpoint")
-        graph = OnnxModel(spec, provider=on.type, threads=threads)
+        graph = Session(spec, provider=on.type, threads=threads)
         total = count(graph.preset.model)
         return Contender(spec, image_shape(graph.preset.model), total.params, total.macs_run, graph)
     model: nn.Module

@@ -1,12 +1,16 @@
 """Checkpoint files: plain data that says all about a model, written whole or not at all, and checked when read."""
 
+import hashlib
 import io
+import json
 import warnings
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -87,30 +91,52 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     weights = checkpoint.model.state_dict()
     if not all(value.isfinite().all() for value in weights.values()):
         raise CheckError(f"the weights are not finite; {path} was not written", "lower --set train.lr")
-    contents = {
-        "format": FORMAT,
-        "kind": "lsag",
-        "preset": checkpoint.preset.model_dump(mode="json"),
-        "classes": list(checkpoint.classes),
-        "epoch": checkpoint.epoch,
-        "metrics": checkpoint.metrics,
-        "model": weights,
-        "training": checkpoint.training,
-    }
+    contents = {**_description(checkpoint), "model": weights, "training": checkpoint.training}
     file = io.BytesIO()
     with writing(Path(path)):
         torch.save(contents, file)
         write_checked(Path(path), file.getbuffer())
 
 
+def save_safetensors(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write model, preset and classes to a safetensors file, which other tools read too; OutputError as above.
+
+    The metadata entry `lsag` is JSON, with a digest of the weights: the format itself has no checksum.
+    """
+    weights = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items()}
+    described = {**_description(checkpoint), "weights_sha256": weights_digest(weights)}
+    with writing(Path(path)):
+        write_checked(Path(path), safetensors.torch.save(weights, {"lsag": json.dumps(described)}))
+
+
+def _description(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "kind": "lsag",
+        "preset": checkpoint.preset.model_dump(mode="json"),
+        "classes": list(checkpoint.classes),
+        "epoch": checkpoint.epoch,
+        "metrics": checkpoint.metrics,
+    }
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names and values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(f"{name} {tuple(weights[name].shape)} {weights[name].dtype}".encode())
+        digest.update(weights[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint that lsag wrote; the model is on the CPU and in evaluation mode.
+    """Read a checkpoint or safetensors file that lsag wrote; the model is on the CPU and in evaluation mode.
 
     Every byte is checked against the file's checksums, and only plain data is read (`weights_only`).
     Raises InputError for a file that is missing, damaged, of another kind, or of a newer format.
     """
     path = Path(path)
-    contents = _read(path)
+    contents = _read_safetensors(path) if path.suffix == ".safetensors" else _read(path)
     if not isinstance(contents, dict) or contents.get("kind") != "lsag":
         kind = " (weights of another project? the authors' own: lsag convert)" if isinstance(contents, dict) else ""
         raise InputError(f"{path} is not an lsag checkpoint{kind}", "give a file that lsag train or lsag convert wrote")
@@ -139,13 +165,32 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(model.eval(), preset, classes, epoch, metrics, training)
 
 
-def _read(path: Path) -> Any:
+def _read_bytes(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():
             raise OSError(0, "not a regular file")
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read checkpoint {path}: {error.strerror}", "check the path") from error
+
+
+def _read_safetensors(path: Path) -> Any:
+    data = _read_bytes(path)
+    try:
+        weights = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        described = json.loads(header.get("__metadata__", {}).get("lsag", "null"))
+    except Exception as error:  # safetensors raises its own types, json others
+        raise DamagedError(f"{path} is no safetensors file, or is truncated or damaged", "use a whole file") from error
+    if not isinstance(described, dict):
+        return {"model": weights}
+    if described.get("weights_sha256") != weights_digest(weights):
+        raise DamagedError(f"{path} is damaged or was changed: the digest of its weights differs", "use a whole file")
+    return {**described, "model": weights}
+
+
+def _read(path: Path) -> Any:
+    data = _read_bytes(path)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()

@@ -16,9 +16,9 @@ from lsag.config import Preset
 from lsag.data import Normalize, batches, choose_workers, eval_loader
 from lsag.device import autocast, choose_device
 from lsag.distributed import ALONE, World
-from lsag.errors import InputError
+from lsag.errors import InputError, UsageError
 from lsag.failpoints import failpoint
-from lsag.runtime import OnnxModel
+from lsag.runtime import PROVIDERS, Session
 from lsag.sources import check_classes, open_split
 
 TOP_K = 5
@@ -44,7 +44,10 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of a file on a dataset; `images` names each image in the order of `metrics.predictions`."""
+    """Metrics of a file on a dataset; `images` names each image in the order of `metrics.predictions`.
+
+    `session` is the graph that was evaluated, None for a checkpoint.
+    """
 
     metrics: Metrics
     preset: Preset
@@ -52,6 +55,7 @@ class Evaluation:
     dataset: str
     device: str
     images: list[str]
+    session: Session | None = None
 
 
 def evaluate(
@@ -107,6 +111,7 @@ def evaluate_file(
     dataset: str | None = None,
     data_dir: str | Path,
     device: str = "auto",
+    provider: str | None = None,
     batch_size: int = 256,
     workers: int | None = None,
     download: bool = True,
@@ -114,19 +119,11 @@ def evaluate_file(
 ) -> Evaluation:
     """Evaluate a checkpoint, or an exported .onnx graph, on the evaluation split of `dataset` (default: its own).
 
-    The file alone says model, classes and preprocessing. An .onnx graph runs in onnxruntime on `device`, "auto" being
-    the CPU there. InputError if the dataset's classes are not the model's.
+    The file alone says model, classes and preprocessing. A checkpoint runs on `device`, a graph in onnxruntime on
+    `provider` (see `lsag.runtime.Session`). InputError if the dataset's classes are not the model's.
     """
-    classify: Callable[[Tensor], Tensor]
-    if Path(path).suffix == ".onnx":
-        onnx_model = OnnxModel(path, provider="cpu" if device == "auto" else device)
-        preset, classes, classify = onnx_model.preset, onnx_model.classes, onnx_model
-        ran_on = f"onnxruntime {onnx_model.session.get_providers()[0]}"
-    else:
-        checkpoint = load_checkpoint(path)
-        preset, classes = checkpoint.preset, checkpoint.classes
-        on = choose_device(device)
-        classify, ran_on = classifier(checkpoint, on), str(on)
+    opened = open_model(path, device=device, provider=provider)
+    preset, classes = opened.preset, opened.classes
     dataset = preset.data.dataset if dataset is None else dataset
     source = open_split(dataset, Path(data_dir), train=False, in_channels=preset.model.in_channels, download=download)
     check_classes(classes, source.classes, what=f"{path} (preset {preset.name})", where=dataset)
@@ -134,12 +131,44 @@ def evaluate_file(
         workers = choose_workers(len(source))
     loader = eval_loader(source, preset, batch_size=batch_size, workers=workers)
     metrics = evaluate(
-        classify, loader, count=len(source), batch_size=batch_size, num_classes=len(classes), on_batch=on_batch
+        opened.classify, loader, count=len(source), batch_size=batch_size, num_classes=len(classes), on_batch=on_batch
     )
     if not math.isfinite(metrics.loss):
         raise InputError(f"{path} gives outputs that are not finite", "train or export it again")
     names = [source.name(index) for index in range(len(source))]
-    return Evaluation(metrics, preset, classes, dataset, ran_on, names)
+    return Evaluation(metrics, preset, classes, dataset, opened.where, names, opened.session)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to be used: `classify` takes uint8 images (B, C, height, width) and gives logits.
+
+    `where` says what it runs on; `session` is there if that is onnxruntime.
+    """
+
+    classify: Callable[[Tensor], Tensor]
+    preset: Preset
+    classes: tuple[str, ...]
+    where: str
+    session: Session | None = None
+
+
+def open_model(path: str | Path, *, device: str = "auto", provider: str | None = None) -> Opened:
+    """A checkpoint on `device`, or an .onnx graph on `provider` (None: "auto").
+
+    UsageError for the one where the other belongs, and the errors of `load_checkpoint` and `Session`.
+    """
+    if Path(path).suffix == ".onnx":
+        if device != "auto":
+            raise UsageError(f"--device {device} is for checkpoints; {path} runs in onnxruntime", "use --provider")
+        session = Session(path, provider=provider or "auto")
+        where = f"onnxruntime {PROVIDERS[session.provider]}"
+        return Opened(session, session.preset, session.classes, where, session)
+    if provider is not None:
+        raise UsageError(f"--provider {provider} is for .onnx graphs; {path} runs in PyTorch", "use --device")
+    checkpoint = load_checkpoint(path)
+    on = choose_device(device)
+    return Opened(classifier(checkpoint, on), checkpoint.preset, checkpoint.classes, str(on))
 
 
 def classifier(checkpoint: Checkpoint, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
@@ -105,15 +106,17 @@ class LocalAttention(Attention):
 
     def forward(self, variants: Tensor) -> Tensor:
         """(B, N, T, D) -> (B, N, D)."""
-        heads = (self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim)
-        key_weight, value_weight = self.kv.weight.unflatten(0, (2, self.num_kv_heads, self.head_dim)).unbind(0)
+        value_weight = self.kv.weight.unflatten(0, (2, self.num_kv_heads, self.head_dim))[1]
         value_bias = self.kv.bias.unflatten(0, (2, self.num_kv_heads, 1, self.head_dim))[1]
-        query = self.q(variants[:, :, 0]).unflatten(2, heads) * self.head_dim**-0.5
-        query = per_head(query, key_weight).flatten(2, 3)
-        weights = (query @ variants.transpose(2, 3)).softmax(dim=-1)
-        mean = (weights @ variants).unflatten(2, heads[:2])
+        mean = (self.weights(variants) @ variants).unflatten(2, (self.num_kv_heads, -1))
         out = per_head(mean, value_weight.transpose(1, 2)) + value_bias
         return self.proj(out.flatten(2))
+
+    def weights(self, variants: Tensor) -> Tensor:
+        """How much each head of a patch attends to each variant: (B, N, T, D) -> (B, N, H, T)."""
+        key_weight = self.kv.weight.unflatten(0, (2, self.num_kv_heads, self.head_dim))[0]
+        query = self.q(variants[:, :, 0]).unflatten(2, (self.num_kv_heads, -1, self.head_dim)) * self.head_dim**-0.5
+        return (per_head(query, key_weight).flatten(2, 3) @ variants.transpose(2, 3)).softmax(dim=-1)
 
 
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
@@ -133,6 +136,12 @@ class GlobalAttention(Attention):
         key, value = self.kv(x).unflatten(2, (2, kv_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         out = attention(query, key, value)
         return self.proj(out.unflatten(2, (group, tokens)).permute(0, 3, 1, 2, 4).flatten(2))
+
+    def weights(self, x: Tensor, token: int) -> Tensor:
+        """How much each head of one token attends to each token: (B, N, D) -> (B, H, N)."""
+        query = self.q(x[:, token]).unflatten(1, (self.num_kv_heads, -1, self.head_dim)) * self.head_dim**-0.5
+        key = self.kv(x).unflatten(2, (2, self.num_kv_heads, self.head_dim))[:, :, 0]
+        return torch.einsum("bkgd,bnkd->bkgn", query, key).flatten(1, 2).softmax(dim=-1)
 
 
 class Block(nn.Module):
@@ -274,6 +283,49 @@ class LSAG(nn.Module):
         for stage in self.stages[1:]:
             x = stage(x)
         return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The outputs of stages, as timm's models give them: (B, C, image_size, image_size) -> (B, D, side, side) each.
+
+        `indices` are the stages, or how many of the last ones; by default all. `norm` normalises the last stage's,
+        `output_fmt` "NLC" leaves tokens (B, N, D), `stop_early` runs no stage after the last wanted one. Without
+        `intermediates_only` the result of `forward_features` comes first. ValueError for another `output_fmt`.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt!r} is neither 'NCHW' nor 'NLC'")
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        found = []
+        for index, stage in enumerate(self.stages):
+            x = stage(x) if index else stage(x, self.embed)
+            if index in wanted:
+                tokens = self.norm(x) if norm and stage is self.stages[-1] else x
+                side = self.config.grid_sizes[index]
+                found.append(
+                    tokens if output_fmt == "NLC" else tokens.transpose(1, 2).unflatten(2, (side, side)).contiguous()
+                )
+            if stop_early and index == last:
+                break
+        return found if intermediates_only else (self.norm(x) if stage is self.stages[-1] else x, found)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last wanted one, and what they feed, as timm's models do; gives the indices."""
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()  # type: ignore[assignment]
+        if prune_head:
+            self.reset_classifier(0)
+        return wanted
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, N, D) -> (B, num_classes) logits, or the pooled (B, D) features if `pre_logits`."""

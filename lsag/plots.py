@@ -1,17 +1,21 @@
 """Pictures of results, as PNG files. matplotlib is imported only when one is drawn."""
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lsag.files import replacing
 
 if TYPE_CHECKING:
     from lsag.bench import Bench
+    from lsag.explain import Explanation
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
@@ -92,3 +96,72 @@ def _plain(text: str) -> str:
 def _save(figure: Any, path: Path) -> None:
     with warnings.catch_warnings(action="ignore"), replacing(path) as file:  # of glyphs that the font has not
         figure.savefig(file, format="png", dpi=120)
+
+
+def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> None:
+    """Above what the local attention chose, below where the chosen token looks in each stage."""
+    heads, stages = len(explanation.local), explanation.stages
+    columns = max(heads + 4, len(stages) + 1)
+    figure, panels = _figure(2, columns, (2.3 * columns, 5.6))
+    size = len(explanation.pixels)
+    pixels = explanation.pixels.squeeze(2) if explanation.pixels.shape[2] == 1 else explanation.pixels
+    extent = (-0.5, size - 0.5, size - 0.5, -0.5)
+    for axes in panels.flat:
+        axes.axis("off")
+
+    def show(axes: Any, label: str, *, faint: bool = False) -> Any:
+        axes.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None, alpha=0.45 if faint else 1, extent=extent)
+        axes.set_title(label, fontsize=9)
+        return axes
+
+    colors = [shift_color(shift, explanation.shifts) for shift in explanation.shifts]
+    mean = explanation.local.mean(dim=0)
+    axes = show(panels[0, 0], "\n".join(f"{_plain(name)} {100 * share:.1f} %" for name, share in explanation.classes))
+    axes.plot(*explanation.point, "+", color="red", markersize=12, markeredgewidth=2)
+
+    # The shift that each patch attends to on average, as an arrow; too many patches for arrows are drawn in blocks.
+    shifts = torch.tensor(explanation.shifts, dtype=torch.float32)
+    across, down = torch.einsum("tyx,tc->cyx", mean, shifts)
+    step = max(1, len(across) // 16)
+    across, down = (F.avg_pool2d(part[None], step)[0] for part in (across, down))
+    centers = (torch.arange(len(across)) + 0.5) * size / len(across) - 0.5
+    axes = show(panels[0, 1], "mean shift", faint=True)
+    axes.quiver(centers, centers, across, down, angles="xy", color="black", width=0.008)
+
+    for index, weights in enumerate([mean, *explanation.local]):
+        axes = panels[0, 2 + index]
+        chosen = torch.tensor(colors)[weights.argmax(dim=0)]
+        axes.imshow(chosen, extent=extent, interpolation="nearest")
+        axes.set_title("strongest shift,\nmean of heads" if index == 0 else f"head {index}", fontsize=9)
+    axes = panels[0, 3 + heads]
+    shown = axes.imshow(explanation.entropy, cmap="viridis", extent=extent, interpolation="nearest", vmin=0)
+    axes.set_title("entropy (bits)", fontsize=9)
+    figure.colorbar(shown, ax=axes, fraction=0.046)
+
+    for index, weights in enumerate(stages):
+        if weights is not None:
+            axes = show(
+                panels[1, index],
+                f"stage {index + 1}: attention of +\n{len(weights[0])} x {len(weights[0])} tokens",
+                faint=True,
+            )
+            axes.imshow(weights.mean(dim=0), cmap="inferno", alpha=0.75, extent=extent, interpolation="nearest")
+            axes.plot(*explanation.point, "+", color="cyan", markersize=10, markeredgewidth=2)
+    axes = panels[1, len(stages)]
+    axes.axis("on")
+    axes.scatter(*shifts.T, c=colors, s=160, marker="s", edgecolors="black", linewidths=0.5)
+    axes.invert_yaxis()
+    axes.set(aspect="equal", xlabel="right (pixels)", ylabel="down (pixels)")
+    axes.set_title("colour of each shift", fontsize=9)
+    axes.margins(0.2)
+    figure.suptitle(_plain(title))
+    _save(figure, path)
+
+
+def shift_color(shift: tuple[int, int], among: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
+    """Its direction as hue, its length as saturation; no shift is white."""
+    from matplotlib.colors import hsv_to_rgb
+
+    length = math.hypot(*shift) / max(1.0, *(math.hypot(*other) for other in among))
+    hue = (math.atan2(shift[1], shift[0]) / (2 * math.pi)) % 1
+    return tuple(hsv_to_rgb((hue, 0.25 + 0.75 * length if length else 0.0, 0.95)).tolist())

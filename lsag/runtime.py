@@ -2,51 +2,91 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch  # before onnxruntime, whose CUDA provider finds torch's CUDA libraries once they are loaded
 from torch import Tensor
 
 from lsag.config import Preset, validate_preset
+from lsag.data import Normalize
 from lsag.errors import InputError, UnavailableError, UsageError
+from lsag.gpu import check_driver, describe_installation, how_to_fix
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 METADATA_KEY = "lsag"
 FORMAT = 1
+# fmt: off
+OPERATORS = frozenset({
+    "Add", "Attention", "Cast", "Concat", "Constant", "Conv", "Div", "Expand", "Gather", "Gelu", "Gemm", "Identity",
+    "LayerNormalization", "MatMul", "MaxPool", "Mul", "Pad", "ReduceMean", "Reshape", "Shape", "Slice", "Softmax",
+    "Split", "Sqrt", "Squeeze", "Transpose", "Unsqueeze",
+})
+# fmt: on
+"""Those that exported graphs are made of; a graph with any other was not made by lsag export."""
 
 
-class OnnxModel:
-    """An exported model: calls take uint8 images (B, C, height, width) and give logits (B, num_classes), on the CPU."""
+class Session:
+    """An exported model: calls take uint8 images (B, C, height, width) and give float32 logits (B, num_classes).
+
+    `preset`, `classes` and `input` are what the file says of itself, `provider` is where it runs: "cpu", "cuda" or
+    "tensorrt". A graph of a fixed batch is run as often as it takes, the last time with images repeated.
+    """
+
+    preset: Preset
+    classes: tuple[str, ...]
+    input: Mapping[str, Any]
+    provider: str
 
     def __init__(self, path: str | Path, *, provider: str = "cpu", threads: int | None = None) -> None:
-        """Open `path` on `provider`, "cpu" or "cuda", with as many `threads`, by default one for each core.
+        """Open `path` on `provider`: "cpu", "cuda", "tensorrt", or "auto", which is CUDA where it loads, else the CPU.
 
-        InputError for a file that is no export of lsag; UnavailableError if the provider does not load: it is never
-        replaced by the CPU.
+        On a CPU it uses as many `threads`, by default one for each core. InputError for a file that is no whole export
+        of lsag; UnavailableError if the provider does not load: one that was named is never replaced by another.
         """
+        if provider not in (*PROVIDERS, "auto"):
+            raise UsageError(f"unknown provider '{provider}'", f"use one of: {', '.join(PROVIDERS)}, auto")
+        if provider not in ("cpu", "auto"):
+            check_driver(provider)
+        self._data = self._read(Path(path))
+        self._threads = threads or 0
+        if provider == "auto":
+            try:
+                check_driver("cuda")
+                self._open(path, "cuda")
+            except UnavailableError:
+                self._open(path, "cpu")
+        else:
+            self._open(path, provider)
+        del self._data
+        self.raw_input = self.input["dtype"] == "float32"
+        self._normalize = Normalize(self.preset.data)
+
+    def _open(self, path: str | Path, provider: str) -> None:
         import onnxruntime
 
-        if provider not in PROVIDERS:
-            raise UsageError(f"unknown provider '{provider}'", f"use one of: {', '.join(PROVIDERS)}")
         wanted = PROVIDERS[provider]
-        if not Path(path).is_file():
-            raise InputError(f"{path} does not exist", "check the path")
-        available = onnxruntime.get_available_providers()
-        if wanted not in available:
+        if wanted not in onnxruntime.get_available_providers():
             raise UnavailableError(f"this onnxruntime was built without {wanted}", "pip install onnxruntime-gpu")
-        self._read(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        options.intra_op_num_threads = threads or 0
+        options.intra_op_num_threads = self._threads
         # Torch is idle while the session runs; spinning threads would only keep cores from the loader.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if provider == "cuda":
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if provider != "cpu":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             onnxruntime.preload_dlls()
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=[wanted], enable_fallback=0)
+            # What was read and checked is what is run: the bytes, not the file once more.
+            self.session = onnxruntime.InferenceSession(self._data, options, providers=[wanted], enable_fallback=0)
         except Exception as error:  # onnxruntime raises its own types, which it does not export
             reason = str(error).splitlines()[0]
             if provider == "cpu" or any(
@@ -55,39 +95,71 @@ class OnnxModel:
                 raise InputError(
                     f"{path} is not a graph that onnxruntime can run: {reason}", "export it again"
                 ) from error
-            raise UnavailableError(f"onnxruntime could not start {wanted}: {reason}", "use --device cpu") from error
+            raise UnavailableError(f"onnxruntime could not start {wanted}: {reason}", how_to_fix(provider)) from error
         if self.session.get_providers()[0] != wanted:
             raise UnavailableError(
-                f"onnxruntime could not load {wanted} (built for CUDA {getattr(onnxruntime, 'cuda_version', '?')}, "
-                f"torch has {torch.version.cuda}, CUDA is {'' if torch.cuda.is_available() else 'not '}available)",
-                "install a driver and an onnxruntime-gpu for the same CUDA, or use --device cpu",
+                f"onnxruntime did not load {wanted}: {describe_installation()}", how_to_fix(provider)
             )
+        self.provider = provider
 
-    def _read(self, path: str | Path) -> None:
-        """Check the file without running anything: whole, its own weights only, and described by lsag."""
+    def _read(self, path: Path) -> bytes:
+        """The file's content, checked without running anything: whole, of known operators and by lsag."""
         try:
-            model = onnx.load(path, load_external_data=False)
+            if path.exists() and not path.is_file():
+                raise OSError(0, "not a regular file")
+            data = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}", "check the path") from error
+        try:
+            model = onnx.ModelProto.FromString(data)
         except Exception as error:  # protobuf raises its own types
             raise InputError(f"{path} is not an ONNX graph, or is truncated or damaged", "export it again") from error
         if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model.graph)):
             raise InputError(f"{path} was refused: it keeps weights in other files", "use one that lsag export wrote")
+        foreign = next((node for node in model.graph.node if node.domain or node.op_type not in OPERATORS), None)
+        if foreign or model.functions or model.training_info:
+            name = ".".join(filter(None, (foreign.domain, foreign.op_type))) if foreign else "functions of its own"
+            raise InputError(
+                f"{path} was refused: it has {name[:60]}, as no export has", "use one that lsag export wrote"
+            )
         try:
             metadata = json.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA_KEY))
             if metadata["format"] != FORMAT:
                 raise InputError(f"{path} has format {metadata['format']}, this lsag reads {FORMAT}", "upgrade lsag")
-            self.preset: Preset = validate_preset(metadata["preset"], origin=f"the preset in {path}")
-            self.classes = tuple(metadata["classes"])
+            self.preset = validate_preset(metadata["preset"], origin=f"the preset in {path}")
+            self.classes, self.input = tuple(metadata["classes"]), metadata["input"]
+            self.batch: int | None = self.input["batch"]
             if metadata["graph_sha256"] != graph_digest(model):
                 raise InputError(f"{path} is damaged or was changed: its digest differs", "export it again")
         except InputError:
             raise
         except Exception as error:  # whatever is not as lsag export writes it
             raise InputError(f"{path} was not exported by lsag: it has no such metadata", "use lsag export") from error
+        return data
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, C, height, width) -> float32 (B, num_classes)."""
-        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-        return torch.from_numpy(self.session.run(["logits"], {"images": pixels})[0])
+        if self.batch is None:
+            return self._run(images)
+        logits = []
+        for some in images.split(self.batch):
+            filled = some if len(some) == self.batch else some.repeat(self.batch, 1, 1, 1)[: self.batch]
+            logits.append(self._run(filled)[: len(some)])
+        return torch.cat(logits)
+
+    def _run(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(["logits"], {"images": self.feed(images).numpy()})[0])
+
+    def feed(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, height, width) -> the graph's input."""
+        return self._normalize(images) if self.raw_input else images.permute(0, 2, 3, 1).contiguous()
+
+    def nodes_by_provider(self) -> dict[str, int]:
+        """How many nodes of the optimised graph each execution provider runs."""
+        assigned: Counter[str] = Counter()
+        for part in self.session.get_provider_graph_assignment_info():
+            assigned[part.ep_name] += len(part.get_nodes())
+        return dict(assigned)
 
 
 def graph_digest(model: onnx.ModelProto) -> str:

@@ -19,9 +19,13 @@ from lsag.errors import InterruptedByUserError, LsagError, PeerLostError, Termin
 from lsag.launch import launched, report
 from lsag_cli import output
 from lsag_cli.bench import bench
+from lsag_cli.doctor import doctor
 from lsag_cli.evaluate import evaluate
+from lsag_cli.explain import explain
 from lsag_cli.export import convert, export
 from lsag_cli.flops import flops, presets
+from lsag_cli.predict import predict
+from lsag_cli.push import push
 from lsag_cli.train import train
 
 MAX_ERROR = 380
@@ -36,10 +40,14 @@ app = typer.Typer(
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(flops)
+app.command()(predict)
+app.command()(explain)
 app.command()(bench)
 app.command()(export)
 app.command()(convert)
+app.command()(push)
 app.command()(presets)
+app.command()(doctor)
 
 
 @app.callback(invoke_without_command=True)

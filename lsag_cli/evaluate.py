@@ -4,13 +4,25 @@ import csv
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lsag.errors import OutputError, UsageError
 from lsag.files import replacing
-from lsag_cli.options import DataDir, Dataset, Device, Json, NoDownload, Workers, data_dir_or_default
+from lsag_cli.options import (
+    DataDir,
+    Dataset,
+    Device,
+    Json,
+    NoDownload,
+    Profile,
+    Provider,
+    Workers,
+    check_provider,
+    data_dir_or_default,
+    nodes_line,
+)
 from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, table
 
 if TYPE_CHECKING:
@@ -22,6 +34,8 @@ def evaluate(
     dataset: Dataset = None,
     data_dir: DataDir = None,
     device: Device = "auto",
+    provider: Provider = None,
+    profile: Profile = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; changes nothing but speed.")] = 256,
     workers: Workers = None,
     no_download: NoDownload = False,
@@ -37,6 +51,7 @@ def evaluate(
     for option, path, suffix in (("--plot", plot, ".png"), ("--predictions", predictions, ".csv")):
         if path and path.suffix.lower() != suffix:
             raise UsageError(f"{option} {path} does not end in {suffix}", "give a file of that kind")
+    check_provider(checkpoint, provider, profile)
 
     from rich.progress import MofNCompleteColumn, Progress
 
@@ -51,6 +66,7 @@ def evaluate(
             dataset=dataset,
             data_dir=data_dir_or_default(data_dir),
             device=device,
+            provider=provider,
             batch_size=batch_size,
             workers=workers,
             download=not no_download,
@@ -69,12 +85,16 @@ def evaluate(
     if as_json:
         per_class = dict(zip(result.classes, metrics.per_class(), strict=True))
         figures = {"images": metrics.count, "loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
-        where = {"checkpoint": str(checkpoint), "dataset": result.dataset, "device": result.device}
+        where: dict[str, Any] = {"checkpoint": str(checkpoint), "dataset": result.dataset, "device": result.device}
         counts = {"per_class": per_class, "confusion": metrics.confusion.tolist()}
+        if result.session and profile:
+            where["nodes"] = result.session.nodes_by_provider()
         files = {"error": {"code": failure.exit_code, "message": str(failure)}} if failure else {"plot": str(plot)}
         print_json("eval", **where, **figures, **counts, **files)
     else:
         show(result)
+        if result.session and profile:
+            say(nodes_line(result.session))
         if failure is None:
             note(f"confusion matrix: {plot}")
     if failure:

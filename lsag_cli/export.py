@@ -1,17 +1,16 @@
 """lsag export and lsag convert"""
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from lsag.config import Preset
-from lsag.errors import InputError, OutputError, UsageError
-from lsag_cli.options import Json, OptionalPreset, Overrides, read_preset
+from lsag.errors import InputError, UsageError
+from lsag_cli.options import Force, Json, OptionalPreset, Overrides, read_preset, refuse_existing
 from lsag_cli.output import note, print_json, say
-
-Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
 
 
 def export(
@@ -20,16 +19,34 @@ def export(
         typer.Argument(help="A checkpoint.", show_default="best.pt of the newest run in runs/"),
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX graph.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The file.", show_default="the checkpoint's name, .onnx")] = None,
+    safetensors: Annotated[
+        bool, typer.Option("--safetensors", help="Write the weights as safetensors, for other tools.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The file.", show_default="the checkpoint's name, .onnx or .safetensors")
+    ] = None,
     preset: OptionalPreset = None,
     overrides: Overrides = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Export --preset untrained.")] = False,
+    opset: Annotated[
+        Literal["20", "23"], typer.Option(help="20 runs on older onnxruntimes; 23 has attention as one operator.")
+    ] = "20",
+    half: Annotated[bool, typer.Option("--half", help="Compute in fp16; input and output stay as they are.")] = False,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=65_536, help="A fixed batch.", show_default="any batch")
+    ] = None,
+    raw_input: Annotated[
+        bool, typer.Option("--raw-input", help="Take normalised float32 N x C x H x W instead of uint8 N x H x W x C.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write a model as one ONNX file that takes uint8 images, compared with PyTorch before it gets its name."""
-    if not onnx:
-        raise UsageError("no format was asked for", "add --onnx")
+    if onnx == safetensors:
+        raise UsageError("ask for one format", "add --onnx or --safetensors")
+    if safetensors and (opset != "20" or half or batch or raw_input):
+        raise UsageError("--opset, --half, --batch and --raw-input are for --onnx", "leave them away")
+    suffix = ".onnx" if onnx else ".safetensors"
     if random_weights:
         if preset is None or checkpoint is not None:
             raise UsageError(
@@ -37,31 +54,43 @@ def export(
                 "lsag export --onnx --preset NAME --random-weights",
             )
         resolved = read_preset(preset, overrides)
-        out = out or Path(f"{resolved.name}-random.onnx")
+        out = out or Path(f"{resolved.name}-random{suffix}")
     elif preset is not None or overrides:
         raise UsageError("a checkpoint brings its own preset", "drop --preset and --set, or add --random-weights")
     else:
         checkpoint = checkpoint or newest_best()
         refuse_folder(checkpoint)
-        out = out or checkpoint.with_suffix(".onnx")
+        out = out or checkpoint.with_suffix(suffix)
     refuse_existing(out, force)
 
-    from lsag.checkpoint import load_checkpoint, random_checkpoint
-    from lsag.export import export_onnx
+    from lsag.checkpoint import load_checkpoint, random_checkpoint, save_safetensors
+    from lsag.export import OPSETS, export_onnx
 
     if checkpoint is None:
         source = random_checkpoint(resolved)
     else:
         source = load_checkpoint(checkpoint)
         note(f"exporting {checkpoint} (epoch {source.epoch} of {source.preset.train.epochs})")
-    done = export_onnx(source, out)
+    if safetensors:
+        save_safetensors(out, source)
+        if as_json:
+            return print_json("export", path=str(out), preset=source.preset.name, bytes=out.stat().st_size)
+        say(f"{out}: {source.preset.name}, {out.stat().st_size / 1e6:.1f} MB")
+        return say(eval_command(out, source.preset)) if checkpoint is not None else None
+    done = export_onnx(source, out, opset=int(opset), half=half, batch=batch, raw_input=raw_input)
     if as_json:
-        figures = {"opset": done.opset, "bytes": done.bytes, "max_difference": done.max_difference}
-        print_json("export", path=str(done.path), preset=source.preset.name, **figures)
+        figures = {key: value for key, value in asdict(done).items() if key != "path"}
+        runs_from = {"oldest_onnxruntime": OPSETS[done.opset]}
+        print_json("export", path=str(done.path), preset=source.preset.name, **figures, **runs_from)
         return
+    takes = "normalised float32 images" if raw_input else "uint8 images"
     say(
-        f"{done.path}: {source.preset.name}, opset {done.opset}, {done.bytes / 1e6:.1f} MB, "
-        f"within {done.max_difference:.1g} of PyTorch at batch 1, 2 and 5",
+        f"{done.path}: {source.preset.name}{', fp16' if half else ''}, {takes}, opset {done.opset} "
+        f"(onnxruntime {OPSETS[done.opset]} or newer), {done.bytes / 1e6:.1f} MB"
+    )
+    say(
+        f"compared with PyTorch at batch {', '.join(map(str, done.batches))}: logits within {done.max_difference:.1g}, "
+        f"same top-1 for {done.same_top1} of {done.compared} images"
     )
     if checkpoint is not None:
         say(eval_command(done.path, source.preset))
@@ -108,8 +137,3 @@ def newest_best() -> Path:
 def refuse_folder(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder", "give a checkpoint file")
-
-
-def refuse_existing(path: Path, force: bool) -> None:
-    if not force and (path.exists() or path.is_symlink()):
-        raise OutputError(f"{path} exists", "add --force, or choose another --out")

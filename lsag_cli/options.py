@@ -6,13 +6,16 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lsag.config import Preset, load_preset, parse_override, preset_paths
-from lsag.errors import UsageError
+from lsag.errors import OutputError, UsageError
 from lsag.launch import launched
+
+if TYPE_CHECKING:
+    from lsag.runtime import Session
 
 
 def complete_preset(incomplete: str) -> list[str]:
@@ -41,6 +44,14 @@ Dataset = Annotated[
 ]
 DataDir = Annotated[Path | None, typer.Option(help="Where the data is.", show_default="$LSAG_DATA, or ./data")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+Provider = Annotated[
+    Literal["auto", "cpu", "cuda", "tensorrt"] | None,
+    typer.Option(
+        help="For .onnx graphs: where they run, there or not at all; auto may take the CPU, and says so.",
+        show_default="auto",
+    ),
+]
+Profile = Annotated[bool, typer.Option("--profile", help="For .onnx graphs: how many nodes ran on which provider.")]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that prepare images.", show_default="by the machine")
 ]
@@ -49,6 +60,7 @@ Recompute = Annotated[
     typer.Option(help="Less memory: compute the local block, or all blocks, once more in the backward."),
 ]
 NoDownload = Annotated[bool, typer.Option("--no-download", help="Never fetch a dataset.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -85,3 +97,25 @@ def read_preset(name: str, overrides: list[str] | None, dataset: str | None = No
             raise UsageError(f"{key} is set twice", "set it once")
         changes[key] = value
     return load_preset(name, changes, dataset=dataset)
+
+
+def refuse_existing(out: Path, force: bool) -> None:
+    if not force and (out.exists() or out.is_symlink()):
+        raise OutputError(f"{out} exists", "add --force, or choose another --out")
+
+
+def check_provider(model: Path, provider: str | None, profile: bool) -> None:
+    """Refuse what the machine or the kind of `model` rules out, before anything slow is imported."""
+    if model.suffix != ".onnx" and (provider or profile):
+        raise UsageError(f"--{'provider' if provider else 'profile'} is for .onnx graphs", "lsag export CKPT --onnx")
+    if model.suffix == ".onnx" and provider in ("cuda", "tensorrt"):
+        from lsag.gpu import check_driver
+
+        check_driver(provider)
+
+
+def nodes_line(session: "Session") -> str:
+    """How many nodes of a graph ran on which provider."""
+    nodes = session.nodes_by_provider()
+    total = sum(nodes.values())
+    return "nodes: " + ", ".join(f"{count} of {total} on {name}" for name, count in nodes.items())

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 SCHEMA_VERSION = 1
-NAMES = ("preset", "stage", "dataset", "class", "model")
+NAMES = ("preset", "stage", "dataset", "class", "model", "image", "next")
 
 debug = False
 json_printed = False

@@ -9,12 +9,12 @@ from tests.conftest import ROOT
 # Lower rooms first; a module imports only from its own level or below.
 LEVELS = [
     {"lsag.errors", "lsag.failpoints", "lsag.onednn"},
-    {"lsag.config", "lsag.files", "lsag.signals", "lsag.device"},
-    {"lsag.model", "lsag.sources", "lsag.optim", "lsag.flops", "lsag.launch"},
+    {"lsag.config", "lsag.files", "lsag.signals", "lsag.device", "lsag.gpu"},
+    {"lsag.model", "lsag.timm_models", "lsag.sources", "lsag.optim", "lsag.flops", "lsag.launch"},
     {"lsag.data", "lsag.checkpoint", "lsag.distributed", "lsag.progress", "lsag.plain"},
-    {"lsag.state", "lsag.runtime", "lsag.plots", "lsag.convert", "lsag.run_folder"},
-    {"lsag.evaluate", "lsag.export"},
-    {"lsag.train", "lsag.bench"},
+    {"lsag.state", "lsag.runtime", "lsag.plots", "lsag.convert", "lsag.run_folder", "lsag.doctor", "lsag.hub"},
+    {"lsag.evaluate", "lsag.export", "lsag.explain"},
+    {"lsag.train", "lsag.bench", "lsag.predict"},
     {"lsag_cli"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

@@ -7,7 +7,7 @@ from lsag import load_preset
 from lsag.checkpoint import random_checkpoint
 from lsag.evaluate import classifier
 from lsag.export import export_onnx
-from lsag.runtime import OnnxModel
+from lsag.runtime import Session
 from lsag.train import Epoch, train
 from tests.conftest import randomise
 
@@ -38,5 +38,5 @@ def test_training_learns(tmp_path):
 def test_onnxruntime_runs_on_cuda(tmp_path, checkpoint):
     done = export_onnx(checkpoint, tmp_path / "a.onnx")
     images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
-    found = OnnxModel(done.path, provider="cuda")(images)
-    assert (found - OnnxModel(done.path)(images)).abs().max() < 0.05
+    found = Session(done.path, provider="cuda")(images)
+    assert (found - Session(done.path)(images)).abs().max() < 0.05

@@ -1,0 +1,90 @@
+"""The presets as models of timm: `import lsag.timm_models`, then `timm.create_model("lsag_cifar_tiny")`.
+
+They take timm's arguments `num_classes`, `in_chans`, `img_size`, `drop_path_rate` and `features_only`.
+"""
+
+import sys
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from lsag.config import ModelConfig, load_preset, preset_paths
+from lsag.errors import UsageError
+from lsag.model import LSAG
+
+PRESETS = {f"lsag_{name.replace('-', '_')}": name for name in preset_paths()}
+ARGUMENTS = {
+    "num_classes": "num_classes",
+    "in_chans": "in_channels",
+    "img_size": "image_size",
+    "drop_path_rate": "drop_path",
+}
+"""timm's names for fields of the model's configuration."""
+WITHOUT_EFFECT = {"drop_rate": 0.0, "global_pool": "avg"}
+"""Arguments that timm's scripts always give, with the only value that they may have."""
+
+
+def _config(name: str) -> dict[str, Any]:
+    preset = load_preset(name)
+    size, data = preset.model.image_size, preset.data
+    return {
+        "input_size": (preset.model.in_channels, size, size),
+        "num_classes": preset.model.num_classes,
+        "pool_size": (preset.model.grid_sizes[-1],) * 2,
+        "crop_pct": size / (data.eval_resize or size),
+        "interpolation": data.interpolation,
+        "fixed_input_size": True,
+        "mean": data.mean,
+        "std": data.std,
+        "first_conv": "embed.conv",
+        "classifier": "head",
+    }
+
+
+default_cfgs = generate_default_cfgs({variant: _config(name) for variant, name in PRESETS.items()})
+
+
+def _build(variant: str, **arguments: Any) -> LSAG:
+    """A model with random weights. ValueError for arguments that LSAG has not, or values that do not fit it."""
+    changes = {}
+    for key, value in arguments.items():
+        if key in WITHOUT_EFFECT and value == WITHOUT_EFFECT[key]:
+            continue
+        if key not in ARGUMENTS:
+            raise UsageError(f"{variant} has no {key}={value!r}", f"it has: {', '.join(ARGUMENTS)}")
+        changes[ARGUMENTS[key]] = value[0] if key == "img_size" and isinstance(value, tuple) else value
+    headless = changes.get("num_classes") == 0
+    if headless:
+        del changes["num_classes"]
+    config = ModelConfig(**{**load_preset(PRESETS[variant]).model.model_dump(), **changes})
+    model = LSAG(config)
+    model.feature_info = [  # type: ignore[assignment]
+        {"num_chs": stage.embed_dim, "reduction": config.patch_stride * 2**index, "module": f"stages.{index}"}
+        for index, stage in enumerate(config.stages)
+    ]
+    if headless:
+        model.reset_classifier(0)
+    return model
+
+
+def _register(variant: str) -> None:
+    def create(pretrained: bool = False, **arguments: Any) -> LSAG:
+        return build_model_with_cfg(
+            lambda **given: _build(variant, **given),
+            variant,
+            pretrained,
+            feature_cfg={
+                "out_indices": tuple(range(len(load_preset(PRESETS[variant]).model.stages))),
+                "feature_cls": "getter",
+            },
+            **arguments,
+        )
+
+    create.__name__ = create.__qualname__ = variant
+    create.__module__ = __name__
+    create.__doc__ = f"The preset {PRESETS[variant]}."
+    setattr(sys.modules[__name__], variant, register_model(create))
+
+
+for _variant in PRESETS:
+    _register(_variant)

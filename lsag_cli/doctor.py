@@ -1,0 +1,45 @@
+"""lsag doctor"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lsag.errors import UnavailableError
+from lsag_cli.options import DataDir, Json, data_dir_or_default, leaving_at_once
+from lsag_cli.output import print_json, say
+
+
+def doctor(
+    purpose: Annotated[
+        Literal["train", "gpu-inference"] | None,
+        typer.Option("--for", help="End with exit code 4 if this will not work here."),
+    ] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Say what works on this machine: Python, torch, GPUs, onnxruntime and its providers, datasets, disk."""
+    with leaving_at_once():
+        from lsag.doctor import examine
+
+        findings = []
+        for finding in examine(data_dir_or_default(data_dir), Path("runs")):
+            findings.append(finding)
+            if not as_json:
+                say(f"{'!' if finding.problem else ' '} {finding.name:26} {finding.value}")
+    wrong = [finding for finding in findings if purpose in finding.prevents]
+    problems = [finding for finding in findings if finding.problem and finding.fix]
+    error = None
+    if wrong:
+        first = wrong[0]
+        error = UnavailableError(f"{purpose} will not work here: {first.name}: {first.problem}", first.fix)
+    if as_json:
+        shown = [asdict(finding) for finding in findings]
+        failed = {"error": {"code": error.exit_code, "message": str(error)}} if error else {}
+        print_json("doctor", purpose=purpose, findings=shown, **failed)
+    else:
+        for finding in problems:
+            say(f"! {finding.name}: {finding.problem} — {finding.fix}")
+    if error:
+        raise error

@@ -1,0 +1,126 @@
+"""lsag predict"""
+
+import csv
+import glob
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lsag.errors import InputError, UsageError
+from lsag.files import replacing
+from lsag_cli.options import Device, Json, Profile, Provider, check_provider, nodes_line
+from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, table
+
+if TYPE_CHECKING:
+    from lsag.predict import Prediction
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="A checkpoint, or an exported .onnx file.", show_default=False)],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders, or patterns.", show_default=False)],
+    top_k: Annotated[int, typer.Option(min=1, help="So many classes for each image.")] = 5,
+    device: Device = "auto",
+    provider: Provider = None,
+    profile: Profile = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a CSV file instead of the table.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a model takes images for. An image that cannot be read is a row with the reason."""
+    if csv_file and csv_file.suffix.lower() != ".csv":
+        raise UsageError(f"--csv {csv_file} does not end in .csv", "give a file of that kind")
+    check_provider(model, provider, profile)
+    paths = list(find_images(images))
+
+    from rich.progress import MofNCompleteColumn, Progress
+
+    from lsag.evaluate import open_model
+    from lsag.predict import predict as run
+
+    opened = open_model(model, device=device, provider=provider)
+    found: list[Prediction] = []
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=stderr(), transient=True, disable=not is_terminal(sys.stderr)) as bar:
+        for prediction in bar.track(run(opened, paths, top_k=top_k, batch_size=batch_size), total=len(paths)):
+            found.append(prediction)
+    broken = sum(bool(prediction.error) for prediction in found)
+    if csv_file:
+        write_csv(found, csv_file, columns=min(top_k, len(opened.classes)))
+    if broken == len(found):
+        raise InputError(
+            f"none of the {broken} images could be read: {found[0].image}: {found[0].error}", "see the files"
+        )
+    if as_json:
+        rows = [
+            {"image": str(one.image), "error": one.error}
+            if one.error
+            else {"image": str(one.image), "classes": one.classes, "probabilities": one.probabilities}
+            for one in found
+        ]
+        nodes = {"nodes": opened.session.nodes_by_provider()} if opened.session and profile else {}
+        return print_json("predict", model=str(model), device=opened.where, predictions=rows, **nodes)
+    if not csv_file:
+        show(found)
+    say(f"{len(found) - broken:,} images, {opened.where}{f'; {csv_file}' if csv_file else ''}")
+    if opened.session and profile:
+        say(nodes_line(opened.session))
+    if broken:
+        note(f"{broken:,} of {len(found):,} images could not be read")
+
+
+def find_images(given: Sequence[str]) -> Iterator[Path]:
+    """Files as they are named, the images below folders in order, and what patterns match. InputError for nothing."""
+    names: Iterator[str]
+    for name in given:
+        if Path(name).is_dir():
+            names = images_below(name)
+        elif glob.has_magic(name) and not Path(name).exists():
+            names = iter(sorted(glob.glob(name, recursive=True)))  # noqa: PTH207
+        else:
+            names = iter([name])
+        first = next(names, None)
+        if first is None:
+            raise InputError(f"there are no images in {name}", "give image files, folders or patterns")
+        yield Path(first)
+        yield from map(Path, names)
+
+
+def images_below(folder: str) -> Iterator[str]:
+    """The image files in a folder and those in it, in alphabetical order."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    for path, folders, files in os.walk(folder):
+        folders.sort()
+        for file in sorted(files):
+            if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("."):
+                yield os.path.join(path, file)  # noqa: PTH118
+
+
+def show(found: "Sequence[Prediction]") -> None:
+    """A row for each image: its likeliest class, and the others behind it."""
+    shown = table("image", "class", "probability", "next")
+    for one in found:
+        if one.error:
+            shown.add_row(str(one.image), f"({one.error})", "-", "")
+            continue
+        pairs = [(name, percent(share)) for name, share in zip(one.classes, one.probabilities, strict=True)]
+        shown.add_row(str(one.image), *pairs[0], ", ".join(f"{name} {share}" for name, share in pairs[1:]))
+    say_table(shown)
+
+
+def write_csv(found: "Sequence[Prediction]", path: Path, *, columns: int) -> None:
+    """A line for each image: its name, the reason if it could not be read, and class and probability by rank."""
+    with replacing(path) as binary:
+        file = io.TextIOWrapper(binary, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
+        writer = csv.writer(file)
+        ranks = [f"{name}_{rank}" for rank in range(1, columns + 1) for name in ("class", "probability")]
+        writer.writerow(["image", "error", *ranks])
+        for one in found:
+            pairs = zip(one.classes, one.probabilities, strict=True)
+            writer.writerow([one.image, one.error, *(value for pair in pairs for value in pair)])
+        file.detach()

@@ -1,0 +1,157 @@
+"""lsag's models where other tools expect them: timm, safetensors, Hugging Face's hub."""
+
+import json
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+
+import lsag.timm_models
+from lsag import load_checkpoint, load_preset
+from lsag.checkpoint import Checkpoint, random_checkpoint, save_checkpoint, save_safetensors
+from lsag.data import Normalize
+from lsag.errors import InputError, UsageError
+from lsag.hub import Classifier
+from tests.conftest import assert_refused
+
+SMALL = "lsag_cifar_nano"
+
+
+@pytest.mark.parametrize("variant", lsag.timm_models.PRESETS)
+def test_every_preset_is_a_model_of_timm(variant):
+    assert variant in timm.list_models("lsag_*")
+    with torch.device("meta"):
+        model = timm.create_model(variant)
+    config = load_preset(lsag.timm_models.PRESETS[variant]).model
+    assert model.config == config and model.pretrained_cfg["input_size"] == (
+        config.in_channels,
+        config.image_size,
+        config.image_size,
+    )
+    resolved = timm.data.resolve_data_config({}, model=model)
+    assert resolved["mean"] == load_preset(lsag.timm_models.PRESETS[variant]).data.mean
+
+
+def test_timms_arguments():
+    model = timm.create_model(SMALL, num_classes=7, img_size=16, drop_path_rate=0.2, in_chans=1, drop_rate=0.0)
+    assert model(torch.randn(2, 1, 16, 16)).shape == (2, 7) and model.config.drop_path == 0.2
+    assert timm.create_model(SMALL, num_classes=0)(torch.randn(2, 3, 32, 32)).shape == (2, 128)
+    with pytest.raises(UsageError, match="window_size"):
+        timm.create_model(SMALL, window_size=7)
+    with pytest.raises(RuntimeError):
+        timm.create_model(SMALL, pretrained=True)
+
+
+def test_features_are_those_of_the_stages():
+    model = timm.create_model(SMALL).eval()
+    x = torch.randn(2, 3, 32, 32)
+    final, features = model.forward_intermediates(x, norm=True)
+    assert [tuple(feature.shape) for feature in features] == [(2, 32, 16, 16), (2, 64, 8, 8), (2, 128, 4, 4)]
+    torch.testing.assert_close(final, model.forward_features(x))
+    torch.testing.assert_close(features[-1].flatten(2).transpose(1, 2), final)
+    tokens = model.forward_intermediates(x, indices=[0], output_fmt="NLC", intermediates_only=True, stop_early=True)
+    torch.testing.assert_close(tokens[0].transpose(1, 2).unflatten(2, (16, 16)), features[0])
+    with pytest.raises(ValueError, match="NLC"):
+        model.forward_intermediates(x, output_fmt="NHWC")
+    extractor = timm.create_model(SMALL, features_only=True, out_indices=(0, 1)).eval()
+    assert extractor.feature_info.channels() == [32, 64] and extractor.feature_info.reduction() == [2, 4]
+    extractor.load_state_dict({f"model.{key}": value for key, value in model.state_dict().items()}, strict=False)
+    for ours, theirs in zip(extractor(x), features[:2], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_it_trains_as_timms_scripts_train():
+    model = timm.create_model(SMALL, num_classes=4)
+    model.set_grad_checkpointing()
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
+    loss = model(torch.randn(4, 3, 32, 32)).logsumexp(1).sum()
+    loss.backward()
+    optimizer.step()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.fixture
+def checkpoint(tiny_preset):
+    made = random_checkpoint(tiny_preset)
+    return Checkpoint(made.model, made.preset, tuple("abcdefghij"), epoch=3, metrics={"top1": 0.5})
+
+
+def test_safetensors_hold_all_that_is_needed(checkpoint, tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", checkpoint)
+    found = load_checkpoint(tmp_path / "a.safetensors")
+    assert (found.preset, found.classes, found.epoch, found.metrics) == (
+        checkpoint.preset,
+        checkpoint.classes,
+        checkpoint.epoch,
+        checkpoint.metrics,
+    )
+    for name, tensor in safetensors.torch.load_file(tmp_path / "a.safetensors").items():
+        assert torch.equal(tensor, checkpoint.model.state_dict()[name]) and torch.equal(
+            tensor, found.model.state_dict()[name]
+        )
+
+
+def test_no_flipped_bit_of_safetensors_is_loaded_as_other_weights(checkpoint, tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", checkpoint)
+    good, weights = (tmp_path / "a.safetensors").read_bytes(), checkpoint.model.state_dict()
+    for position in range(0, len(good), len(good) // 200):
+        changed = bytearray(good)
+        changed[position] ^= 4
+        (tmp_path / "bad.safetensors").write_bytes(changed)
+        try:
+            found = load_checkpoint(tmp_path / "bad.safetensors")
+        except InputError:
+            continue
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in found.model.state_dict().items())
+    (tmp_path / "cut.safetensors").write_bytes(good[: len(good) // 2])
+    safetensors.torch.save_file(dict(weights), tmp_path / "foreign.safetensors")
+    for name in ("cut", "foreign", "absent"):
+        with pytest.raises(InputError, match=name):
+            load_checkpoint(tmp_path / f"{name}.safetensors")
+
+
+def test_the_commands_take_safetensors(lsag, checkpoint, tmp_path):
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    done = lsag("export", "a.pt", "--safetensors")
+    assert done.returncode == 0 and (tmp_path / "a.safetensors").exists(), done.stderr
+    assert lsag("eval", "a.safetensors", "--dataset", "digits").returncode in (0, 3)
+    assert_refused(lsag("export", "a.pt"), 2, "--onnx or --safetensors")
+    assert_refused(lsag("export", "a.pt", "--safetensors", "--half", "--force"), 2, "are for --onnx")
+
+
+def test_the_hub_gives_back_what_it_was_given(checkpoint, tmp_path):
+    Classifier.of(checkpoint).save_pretrained(tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} >= {"model.safetensors", "config.json"}
+    found = Classifier.from_pretrained(tmp_path / "model")
+    assert found.classes == checkpoint.classes and found.preset == checkpoint.preset and not found.training
+    pixels = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    expected = checkpoint.model(Normalize(checkpoint.preset.data)(pixels))
+    torch.testing.assert_close(found(pixels), expected)
+    assert found.checkpoint().preset == checkpoint.preset
+
+
+def test_push_says_what_is_in_the_way(lsag, checkpoint, tmp_path):
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path / "hf")}
+    assert_refused(lsag("push", "a.pt", "org/name", env=nowhere), 4, "org/name could not be written on the hub")
+    assert_refused(lsag("push", "a.pt", "no name!", env=nowhere), 4, "no name!")
+    assert_refused(lsag("push", "absent.pt", "org/name", env=nowhere), 3, "absent.pt")
+
+
+def test_push_uploads(checkpoint, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    uploaded = {}
+
+    def upload(self, *, repo_id, folder_path, **options):
+        uploaded[repo_id] = json.loads((folder_path / "config.json").read_text())
+        return "https://hub/org/name"
+
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **options: type("R", (), {"repo_id": repo_id})
+    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    assert Classifier.of(checkpoint).push_to_hub("org/name") == "https://hub/org/name"
+    assert uploaded["org/name"]["classes"] == list(checkpoint.classes)
