@@ -154,11 +154,15 @@ def bench(
         if isinstance(contender.model, LSAG) and not contender.name.startswith("plain:"):
             contender.model.set_grad_checkpointing(recompute != "none", local_only=recompute == "local")
     runs = [make_run(contender, mode, batch_size, on, dtype) for contender in contenders]
-    singles = [make_run(contender, mode, 1, on, dtype) for contender in contenders] if mode == "inference" else []
+    singles = {
+        contender.name: make_run(contender, mode, 1, on, dtype)
+        for contender in contenders
+        if mode == "inference" and getattr(contender.classify, "batch", None) in (None, 1)  # a graph's may be fixed
+    }
     side = MATRIX_SIZE[on.type]
     left, right = torch.randn(2, side, side, device=on, dtype=dtype)
-    turns: list[Callable[[], object]] = [*runs, *singles, lambda: linear(left, right)]
-    repeats = [LATENCY_TURNS if run in singles else 1 for run in turns]
+    turns: list[Callable[[], object]] = [*runs, *singles.values(), lambda: linear(left, right)]
+    repeats = [LATENCY_TURNS if run in singles.values() else 1 for run in turns]
     memory = [tensor_memory(contender, run, mode, on) for contender, run in zip(contenders, runs, strict=True)]
     for run in turns:
         run()
@@ -175,7 +179,7 @@ def bench(
     for index, contender in enumerate(contenders):
         low, median, high = np.quantile(times[index], [0.25, 0.5, 0.75]).tolist()
         rate = batch_size / median
-        alone = times[len(runs) + index] if singles else None
+        alone = times[turns.index(singles[contender.name])] if contender.name in singles else None
         p50, p90 = np.quantile(alone, [0.5, 0.9]).tolist() if alone else (None, None)
         macs_per_second = rate * contender.macs * (3 if mode == "training" else 1)
         results.append(
@@ -199,16 +203,18 @@ def bench(
 def open_contender(
     spec: str, *, mode: Mode = "inference", on: torch.device, threads: int | None = None, own_precision: bool = True
 ) -> Contender:
-    """A preset's name or file, `plain:` and one, a checkpoint, an .onnx file, or `timm:NAME`.
+    """A preset's name or file, a checkpoint, an .onnx file, or `timm:NAME`.
 
-    A preset may be followed by `,KEY=VALUE` with its settings, a name of timm's with arguments. Presets and timm's
-    models have random weights. UsageError or InputError for what is none of them.
+    `plain:` before one of ours is the released formulation, `compiled:` has torch compile it. A preset may be followed
+    by `,KEY=VALUE` with its settings, a name of timm's with arguments. Presets and timm's models have random weights.
+    A graph has its images on the device already, as models have; `host:` before it counts bringing them there and the
+    logits back. UsageError or InputError for what is none of them.
     """
     kind, _, rest = spec.partition(":")
     if spec.endswith(".onnx"):
         if mode == "training" or not own_precision:
             raise UsageError(f"{spec} can only be run, and in its own precision", "choose a preset or a checkpoint")
-        graph = Session(spec, provider=on.type, threads=threads)
+        graph = Session(rest if kind == "host" else spec, provider=on.type, threads=threads)
         total = count(graph.preset.model)
         return Contender(spec, image_shape(graph.preset.model), total.params, total.macs_run, graph)
     model: nn.Module
@@ -216,7 +222,7 @@ def open_contender(
     if kind == "timm":
         model, shape = timm_model(rest)
     else:
-        name, *settings = split_settings(rest if kind == "plain" else spec)
+        name, *settings = split_settings(rest if kind in ("plain", "compiled") else spec)
         if name.endswith(".pt") and not settings:
             checkpoint = load_checkpoint(name)
         else:
@@ -224,8 +230,10 @@ def open_contender(
         shape = image_shape(checkpoint.preset.model)
         model = plain(checkpoint.model) if kind == "plain" else checkpoint.model
     params = sum(parameter.numel() for parameter in model.parameters())
-    model = model.train(mode == "training")
-    return Contender(spec, shape, params, count_macs(model, shape), model.to(on), model)
+    model, macs = model.train(mode == "training"), count_macs(model, shape)
+    if kind == "compiled":
+        model.compile()
+    return Contender(spec, shape, params, macs, model.to(on), model)
 
 
 def split_settings(spec: str) -> list[str]:
@@ -273,6 +281,8 @@ def make_run(
     generator = torch.Generator().manual_seed(0)
     if contender.model is None:
         pixels = torch.randint(0, 256, (batch_size, *contender.shape), dtype=torch.uint8, generator=generator)
+        if isinstance(contender.classify, Session) and not contender.name.startswith("host:"):
+            return contender.classify.bound(pixels)
         return lambda: contender.classify(pixels)
     model, images = contender.model, torch.randn(batch_size, *contender.shape, generator=generator).to(on)
 

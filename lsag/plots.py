@@ -70,10 +70,12 @@ def draw_bench(measured: Mapping[str, "Bench"], path: Path, *, title: str) -> No
     for axes, (group, found) in zip(panels.flat if len(measured) > 1 else [panels], measured.items(), strict=True):
         speeds = [result.images_per_second for result in found.results]
         ours = ["tab:gray" if ":" in result.name else "tab:blue" for result in found.results]
-        bars = axes.barh([_plain(result.name) for result in found.results], speeds, color=ours)
+        names = [_plain(result.name).replace(",", "\n", 1) for result in found.results]
+        bars = axes.barh(names, speeds, color=ours)
         axes.bar_label(bars, [f"{speed:,.1f}" for speed in speeds], padding=3)
         axes.invert_yaxis()
-        axes.margins(x=0.12)
+        axes.margins(x=0.16)
+        axes.tick_params(axis="y", labelsize=8)
         axes.set(xlabel="images per second", title=group)
     figure.suptitle(f"{title}, {found.dtype} on {found.device}")
     _save(figure, path)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,23 @@ class Session:
     def feed(self, images: Tensor) -> Tensor:
         """uint8 (B, C, height, width) -> the graph's input."""
         return self._normalize(images) if self.raw_input else images.permute(0, 2, 3, 1).contiguous()
+
+    def bound(self, images: Tensor) -> Callable[[], object]:
+        """A run with the images on the device already and the logits left there, for benchmarks.
+
+        UsageError for another batch than the graph's.
+        """
+        from onnxruntime import OrtValue
+
+        if self.batch not in (None, len(images)):
+            raise UsageError(
+                f"the graph takes {self.batch} images at a time, not {len(images)}", f"--batch {self.batch}"
+            )
+        place = "cpu" if self.provider == "cpu" else "cuda"
+        binding = self.session.io_binding()
+        binding.bind_ortvalue_input("images", OrtValue.ortvalue_from_numpy(self.feed(images).numpy(), place, 0))
+        binding.bind_output("logits", place, 0)
+        return lambda: self.session.run_with_iobinding(binding)
 
     def nodes_by_provider(self) -> dict[str, int]:
         """How many nodes of the optimised graph each execution provider runs."""

@@ -34,8 +34,9 @@ def bench(
     contenders: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Presets, checkpoints, .onnx files, timm:NAME, or plain:PRESET, the released formulation; presets and "
-            "timm's names with settings, as NAME,KEY=VALUE. The first is the measure of the others.",
+            help="Presets, checkpoints, .onnx files (host:FILE counts copies), timm:NAME, plain:PRESET, the released "
+            "formulation, or compiled:PRESET; presets and timm's names with settings, as NAME,KEY=VALUE. The first is "
+            "the measure of the others.",
             show_default=" ".join(DEFAULT),
         ),
     ] = None,

@@ -27,10 +27,10 @@ def files(tmp_path, tiny_preset):
 
 def test_every_kind_of_contender_is_measured(files, tiny_preset):
     heard = []
-    specs = [*map(str, files), f"plain:{files[0]}", "timm:test_vit,img_size=32"]
+    specs = [*map(str, files), f"plain:{files[0]}", "timm:test_vit,img_size=32", f"host:{files[1]}"]
     done = bench(specs, batch_size=2, device="cpu", rounds=2, threads=1, on_round=heard.append)
     assert heard == [0, 1, 2] and done.threads == 1 and done.dtype == "float32"
-    ours, graph, released, _ = done.results
+    ours, graph, released, *_ = done.results
     total = count(tiny_preset.model)
     assert (ours.params, ours.macs, graph.macs, released.macs) == (total.params, *[total.macs_run] * 2, total.macs)
     assert graph.peak_memory is None and ours.peak_memory > 4 * ours.params
@@ -53,6 +53,13 @@ def test_training_steps_are_three_forwards_with_the_moments_in_memory(tiny_prese
 def test_the_released_formulation_counts_as_the_release(name):
     contender = open_contender(f"plain:{name}", on=CPU)
     assert contender.macs == count(load_preset(name).model).macs
+
+
+def test_a_graph_of_a_fixed_batch_is_measured_at_that_batch(tmp_path, tiny_preset):
+    path = str(export_onnx(random_checkpoint(tiny_preset), tmp_path / "four.onnx", batch=4).path)
+    assert bench([path], batch_size=4, device="cpu", rounds=1).results[0].latency_p50 is None
+    with pytest.raises(UsageError, match="takes 4 images at a time, not 8"):
+        bench([path], batch_size=8, device="cpu", rounds=1)
 
 
 def test_presets_take_settings():

@@ -1,0 +1,26 @@
+"""A client of an exported graph: numpy, Pillow and onnxruntime. python client.py model.onnx cat.jpg dog.jpg"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+
+def prepare(image, rule):
+    """Resize the shorter side, crop the middle, as the graph's metadata says: uint8 (height, width, channels)."""
+    short, crop = min(image.size), rule["center_crop"]
+    size = [int(rule["resize_shorter_side"] * side / short) for side in image.size]
+    image = image.convert(rule["mode"]).resize(size, Image.Resampling[rule["interpolation"].upper()])
+    left, top = (round((side - crop) / 2) for side in size)
+    pixels = np.asarray(image.crop((left, top, left + crop, top + crop)))
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+if __name__ == "__main__":
+    session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+    about = json.loads(session.get_modelmeta().custom_metadata_map["lsag"])
+    for path in sys.argv[2:]:
+        (logits,) = session.run(["logits"], {"images": prepare(Image.open(path), about["input"])[None]})
+        print(about["classes"][logits[0].argmax()], path)
