@@ -3,6 +3,7 @@
 import importlib
 import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from lsag.config import DATASETS
 from lsag.errors import LsagError, first_line
-from lsag.gpu import distributions, driver_version, how_to_fix, onnxruntime_cuda, torch_cuda
+from lsag.gpu import distributions, driver_version, how_to_fix, missing_library, onnxruntime_cuda, torch_cuda
 from lsag.sources import open_split
 
 Purpose = Literal["train", "gpu-inference"]
@@ -86,8 +87,12 @@ def _onnxruntime() -> Iterator[Finding]:
     import torch  # noqa: F401  whose CUDA libraries onnxruntime's provider finds once they are loaded
 
     yield Finding("onnxruntime's CUDA", onnxruntime_cuda() or "none")
+    onnxruntime.set_default_logger_severity(4)  # what fails is told here
     for provider in onnxruntime.get_available_providers():
         reason = try_provider(provider)
+        kind = provider.removesuffix("ExecutionProvider").lower()
+        if reason and sys.platform == "linux" and (missing := missing_library(kind)):
+            reason = f"{missing} is missing"
         value = f"does not load: {reason}" if reason else "runs"
         if provider == "CUDAExecutionProvider":
             yield Finding(provider, value, reason, how_to_fix("cuda"), BOTH[1:] if reason else ())

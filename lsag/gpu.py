@@ -12,6 +12,9 @@ from lsag.errors import UnavailableError
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 """Packages that bring a module named onnxruntime. Two of them in one environment break each other."""
 
+PACKAGES = {"libcurand": "nvidia-curand", "libcudnn": "nvidia-cudnn-cu13", "libnvinfer": "tensorrt-cu13"}
+"""What brings a library that onnxruntime's providers need; the others come with torch."""
+
 
 def check_driver(provider: str) -> None:
     """UnavailableError if there is no NVIDIA driver, without which no GPU provider loads."""
@@ -59,6 +62,23 @@ def onnxruntime_cuda() -> str | None:
     import onnxruntime
 
     return getattr(onnxruntime, "cuda_version", None) or None
+
+
+def missing_library(provider: str) -> str | None:
+    """A shared library for want of which onnxruntime's "cuda" or "tensorrt" cannot load; None if all are there.
+
+    torch must have been imported: the libraries that it loads are found.
+    """
+    import onnxruntime
+
+    onnxruntime.preload_dlls()
+    path = Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{provider}.so"
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        found = re.match(r"(\S+): cannot open shared object file", str(error))
+        return found[1] if found else None
+    return None
 
 
 def describe_installation() -> str:

@@ -84,6 +84,7 @@ class Session:
         if provider != "cpu":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             onnxruntime.preload_dlls()
+            onnxruntime.set_default_logger_severity(4)  # what fails is raised
         try:
             # What was read and checked is what is run: the bytes, not the file once more.
             self.session = onnxruntime.InferenceSession(self._data, options, providers=[wanted], enable_fallback=0)
