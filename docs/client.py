@@ -1,18 +1,18 @@
-"""A client of an exported graph: numpy, Pillow and onnxruntime. python client.py model.onnx cat.jpg dog.jpg"""
+"""A client of a default export, with numpy, Pillow and onnxruntime. python client.py model.onnx cat.jpg dog.jpg"""
 
 import json
 import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def prepare(image, rule):
     """Resize the shorter side, crop the middle, as the graph's metadata says: uint8 (height, width, channels)."""
-    short, crop = min(image.size), rule["center_crop"]
-    size = [int(rule["resize_shorter_side"] * side / short) for side in image.size]
-    image = image.convert(rule["mode"]).resize(size, Image.Resampling[rule["interpolation"].upper()])
+    image, crop = ImageOps.exif_transpose(image).convert(rule["mode"]), rule["center_crop"]
+    size = [int(rule["resize_shorter_side"] * side / min(image.size)) for side in image.size]
+    image = image.resize(size, Image.Resampling[rule["interpolation"].upper()])
     left, top = (round((side - crop) / 2) for side in size)
     pixels = np.asarray(image.crop((left, top, left + crop, top + crop)))
     return pixels if pixels.ndim == 3 else pixels[:, :, None]

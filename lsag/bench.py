@@ -223,10 +223,15 @@ def open_contender(
         model, shape = timm_model(rest)
     else:
         name, *settings = split_settings(rest if kind in ("plain", "compiled") else spec)
-        if name.endswith(".pt") and not settings:
+        if name.endswith(".pt"):
+            if settings:
+                raise UsageError(f"{spec}: a checkpoint has its own settings", "leave them away")
             checkpoint = load_checkpoint(name)
         else:
-            checkpoint = random_checkpoint(load_preset(name, dict(map(parse_override, settings))))
+            pairs = list(map(parse_override, settings))
+            if len(dict(pairs)) < len(pairs):
+                raise UsageError(f"{spec} has a setting twice", "give it once")
+            checkpoint = random_checkpoint(load_preset(name, dict(pairs)))
         shape = image_shape(checkpoint.preset.model)
         model = plain(checkpoint.model) if kind == "plain" else checkpoint.model
     params = sum(parameter.numel() for parameter in model.parameters())
@@ -256,11 +261,17 @@ def timm_model(spec: str) -> tuple[nn.Module, tuple[int, int, int]]:
         raise UsageError(f"timm has no model '{name}'", f"use one of: {near}" if near else "see timm.list_models()")
     try:
         options = {key: ast.literal_eval(value) for key, value in (setting.split("=") for setting in settings)}
+        if "pretrained" in options:
+            raise UsageError("contenders have random weights", "leave pretrained away")
         model: Any = timm.create_model(name, **options)
-    except (ValueError, SyntaxError, TypeError, AssertionError, RuntimeError) as error:
+    except (ValueError, SyntaxError, TypeError, IndexError, AssertionError, RuntimeError) as error:
         raise UsageError(f"timm:{spec}: {first_line(error)}", "write timm:NAME,key=value") from error
-    size = options.get("img_size") or model.pretrained_cfg["input_size"][1]
-    return model, (3, size, size)
+    channels, height, width = model.pretrained_cfg["input_size"]
+    size = options.get("img_size", (height, width))
+    height, width = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise UsageError(f"timm:{spec}: img_size is no size", "for example img_size=224")
+    return model, (options.get("in_chans", channels), height, width)
 
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
@@ -292,7 +303,7 @@ def make_run(
 
     if mode == "inference":
         return infer
-    labels = torch.randint(2, (batch_size,), generator=generator).to(on)
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=on)
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step() -> None:

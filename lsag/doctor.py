@@ -1,4 +1,4 @@
-"""What this machine has for training and for inference, found by trying and not by asking."""
+"""What this machine has for training and for inference; what can be tried is tried. Nothing here must fail to load."""
 
 import importlib
 import platform
@@ -13,7 +13,6 @@ from typing import Any, Literal
 from lsag.config import DATASETS
 from lsag.errors import LsagError, first_line
 from lsag.gpu import distributions, driver_version, how_to_fix, missing_library, onnxruntime_cuda, torch_cuda
-from lsag.sources import open_split
 
 Purpose = Literal["train", "gpu-inference"]
 BOTH: tuple[Purpose, ...] = ("train", "gpu-inference")
@@ -35,12 +34,14 @@ class Finding:
 def examine(data_dir: Path, out: Path) -> Iterator[Finding]:
     """Look at everything, also datasets below `data_dir` and the disk of `out`; nothing is downloaded."""
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
-    for package in ("torch", "torchvision", "timm", "onnx", "onnxscript"):
-        yield _package(package)
-    yield from _torch()
-    yield from _onnxruntime()
-    for dataset in [*DATASETS, "folder"]:
-        yield _dataset(dataset, data_dir)
+    packages = [_package(name) for name in ("torch", "torchvision", "timm", "onnx", "onnxscript")]
+    yield from packages
+    if not packages[0].problem:
+        yield from _torch()
+        yield from _onnxruntime()
+    if not any(package.problem for package in packages[:3]):
+        for dataset in [*DATASETS, "folder"]:
+            yield _dataset(dataset, data_dir)
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     problem = "" if free > LITTLE_DISK else "little room for checkpoints"
@@ -128,6 +129,8 @@ def try_provider(provider: str) -> str:
 def _dataset(name: str, data_dir: Path) -> Finding:
     if name == "digits":
         return Finding("digits", "comes with scikit-learn")
+    from lsag.sources import open_split
+
     try:
         found = open_split(name, data_dir, train=True, in_channels=3, download=False)
     except LsagError as error:

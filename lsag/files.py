@@ -33,6 +33,8 @@ def replacing(path: Path) -> Iterator[Any]:
     """A binary file that takes the name `path` only once it is written and synced. OutputError when that fails."""
     temporary = None
     try:
+        if path.exists() and not path.is_file():
+            raise OutputError(f"cannot write {path}: it is not a regular file", "choose another name")
         with writing(path):
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
                 temporary = Path(file.name)

@@ -18,13 +18,11 @@ PACKAGES = {"libcurand": "nvidia-curand", "libcudnn": "nvidia-cudnn-cu13", "libn
 
 def check_driver(provider: str) -> None:
     """UnavailableError if there is no NVIDIA driver, without which no GPU provider loads."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
+    if _driver() is None:
         raise UnavailableError(
             f"--provider {provider} needs an NVIDIA driver, and there is none ({describe_installation()})",
             how_to_fix(provider),
-        ) from None
+        )
 
 
 def distributions() -> dict[str, str]:
@@ -43,9 +41,16 @@ def driver_version() -> str | None:
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
-        return None
+        return "of unknown version" if _driver() else None  # WSL has the library alone
     version = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
-    return version[0] if version else "unknown"
+    return version[0] if version else "of unknown version"
+
+
+def _driver() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
 
 
 def torch_cuda() -> str | None:
@@ -59,6 +64,8 @@ def torch_cuda() -> str | None:
 
 def onnxruntime_cuda() -> str | None:
     """The CUDA version that onnxruntime was built for, None for a build without."""
+    if not distributions():
+        return None
     import onnxruntime
 
     return getattr(onnxruntime, "cuda_version", None) or None
@@ -93,7 +100,9 @@ def describe_installation() -> str:
 def how_to_fix(provider: str) -> str:
     """The one line that most likely makes a GPU provider load, by what is wrong here."""
     if len(distributions()) > 1:
-        return "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+        return f"pip uninstall -y {' '.join(distributions())} && pip install onnxruntime-gpu"
+    if not distributions():
+        return "pip install onnxruntime-gpu"
     if onnxruntime_cuda() is None:
         return "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
     if driver_version() is None:
@@ -101,6 +110,7 @@ def how_to_fix(provider: str) -> str:
     ours, torchs = ((version or "").split(".")[0] for version in (onnxruntime_cuda(), torch_cuda()))
     if ours != torchs:
         return f"install torch and onnxruntime-gpu for the same CUDA ({torchs or 'none'} and {ours} now)"
-    return (
-        "pip install tensorrt-cu13, or use --provider cuda" if provider == "tensorrt" else "see what lsag doctor says"
-    )
+    if sys.platform == "linux" and (missing := missing_library(provider)):
+        package = next((name for part, name in PACKAGES.items() if missing.startswith(part)), None)
+        return f"pip install {package}" if package else f"install what brings {missing}"
+    return "use --provider cpu"

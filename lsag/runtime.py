@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lsag.config import Preset, validate_preset
 from lsag.data import Normalize
-from lsag.errors import InputError, UnavailableError, UsageError
+from lsag.errors import InputError, UnavailableError, UsageError, first_line
 from lsag.gpu import check_driver, describe_installation, how_to_fix
 
 PROVIDERS = {
@@ -33,6 +32,10 @@ OPERATORS = frozenset({
 """Those that exported graphs are made of; a graph with any other was not made by lsag export."""
 
 
+WORK = frozenset({"Attention", "Conv", "Gelu", "Gemm", "LayerNormalization", "MatMul", "MaxPool", "Softmax"})
+"""Operators that take time; the others arrange data and shapes."""
+
+
 class Session:
     """An exported model: calls take uint8 images (B, C, height, width) and give float32 logits (B, num_classes).
 
@@ -45,17 +48,20 @@ class Session:
     input: Mapping[str, Any]
     provider: str
 
-    def __init__(self, path: str | Path, *, provider: str = "cpu", threads: int | None = None) -> None:
-        """Open `path` on `provider`: "cpu", "cuda", "tensorrt", or "auto", which is CUDA where it loads, else the CPU.
+    def __init__(self, path: str | Path | bytes, *, provider: str = "cpu", threads: int | None = None) -> None:
+        """Open a file, or its content, on `provider`: "cpu", "cuda", "tensorrt", or "auto".
 
-        On a CPU it uses as many `threads`, by default one for each core. InputError for a file that is no whole export
-        of lsag; UnavailableError if the provider does not load: one that was named is never replaced by another.
+        "auto" is CUDA where it loads, else the CPU. On a CPU it uses as many `threads`, by default one for each core.
+        InputError for what is no whole export of lsag; UnavailableError if the provider does not load: one that was
+        named is never replaced by another, but for the shapes that onnxruntime computes on the CPU.
         """
         if provider not in (*PROVIDERS, "auto"):
             raise UsageError(f"unknown provider '{provider}'", f"use one of: {', '.join(PROVIDERS)}, auto")
         if provider not in ("cpu", "auto"):
             check_driver(provider)
-        self._data = self._read(Path(path))
+        self._data = path if isinstance(path, bytes) else read_file(Path(path))
+        path = "the graph" if isinstance(path, bytes) else path
+        self._check(path)
         self._threads = threads or 0
         if provider == "auto":
             try:
@@ -70,6 +76,7 @@ class Session:
         self._normalize = Normalize(self.preset.data)
 
     def _open(self, path: str | Path, provider: str) -> None:
+        """Make the session; the errors of __init__."""
         import onnxruntime
 
         wanted = PROVIDERS[provider]
@@ -82,14 +89,14 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if provider != "cpu":
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             onnxruntime.preload_dlls()
             onnxruntime.set_default_logger_severity(4)  # what fails is raised
         try:
             # What was read and checked is what is run: the bytes, not the file once more.
-            self.session = onnxruntime.InferenceSession(self._data, options, providers=[wanted], enable_fallback=0)
+            listed = [wanted, PROVIDERS["cuda"]] if provider == "tensorrt" else [wanted]
+            self.session = onnxruntime.InferenceSession(self._data, options, providers=listed, enable_fallback=0)
         except Exception as error:  # onnxruntime raises its own types, which it does not export
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             if provider == "cpu" or any(
                 word in reason for word in ("INVALID_PROTOBUF", "InvalidProtobuf", "INVALID_GRAPH")
             ):
@@ -101,21 +108,27 @@ class Session:
             raise UnavailableError(
                 f"onnxruntime did not load {wanted}: {describe_installation()}", how_to_fix(provider)
             )
+        # onnxruntime computes shapes on the CPU by intent; the work itself must be where it was asked to be.
+        elsewhere = [node.op_type for node in self._nodes(PROVIDERS["cpu"]) if node.op_type in WORK]
+        if provider != "cpu" and elsewhere:
+            raise UnavailableError(
+                f"onnxruntime left {len(elsewhere)} nodes such as {elsewhere[0]} to the CPU instead of {wanted}",
+                "use --provider cpu, or export with another --opset",
+            )
         self.provider = provider
 
-    def _read(self, path: Path) -> bytes:
-        """The file's content, checked without running anything: whole, of known operators and by lsag."""
+    def _check(self, path: str | Path) -> None:
+        """InputError, before anything runs, for what is not whole, not of known operators, or not by lsag."""
         try:
-            if path.exists() and not path.is_file():
-                raise OSError(0, "not a regular file")
-            data = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}", "check the path") from error
-        try:
-            model = onnx.ModelProto.FromString(data)
+            model = onnx.ModelProto.FromString(self._data)
         except Exception as error:  # protobuf raises its own types
             raise InputError(f"{path} is not an ONNX graph, or is truncated or damaged", "export it again") from error
-        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model.graph)):
+        sparse = model.graph.sparse_initializer or any(
+            attribute.HasField("sparse_tensor") or attribute.sparse_tensors
+            for node in model.graph.node
+            for attribute in node.attribute
+        )
+        if sparse or any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model.graph)):
             raise InputError(f"{path} was refused: it keeps weights in other files", "use one that lsag export wrote")
         foreign = next((node for node in model.graph.node if node.domain or node.op_type not in OPERATORS), None)
         if foreign or model.functions or model.training_info:
@@ -136,7 +149,6 @@ class Session:
             raise
         except Exception as error:  # whatever is not as lsag export writes it
             raise InputError(f"{path} was not exported by lsag: it has no such metadata", "use lsag export") from error
-        return data
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, C, height, width) -> float32 (B, num_classes)."""
@@ -174,10 +186,23 @@ class Session:
 
     def nodes_by_provider(self) -> dict[str, int]:
         """How many nodes of the optimised graph each execution provider runs."""
-        assigned: Counter[str] = Counter()
-        for part in self.session.get_provider_graph_assignment_info():
-            assigned[part.ep_name] += len(part.get_nodes())
-        return dict(assigned)
+        parts = self.session.get_provider_graph_assignment_info()
+        names = {part.ep_name: None for part in parts}
+        return {name: len(self._nodes(name)) for name in names}
+
+    def _nodes(self, provider: str) -> list[Any]:
+        parts = self.session.get_provider_graph_assignment_info()
+        return [node for part in parts if part.ep_name == provider for node in part.get_nodes()]
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file. InputError if there is none."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "not a regular file")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", "check the path") from error
 
 
 def graph_digest(model: onnx.ModelProto) -> str:

@@ -146,7 +146,7 @@ def open_image(path: Path, mode: str) -> Image.Image:
     """
     try:
         if not path.is_file():
-            raise OSError("not a regular file")
+            raise OSError("not a regular file" if path.exists() else "no such file")
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             shorter, longer = sorted(image.size)
             if shorter * longer > MAX_PIXELS or longer > MAX_ASPECT * shorter:

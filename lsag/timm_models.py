@@ -52,7 +52,11 @@ def _build(variant: str, **arguments: Any) -> LSAG:
             continue
         if key not in ARGUMENTS:
             raise UsageError(f"{variant} has no {key}={value!r}", f"it has: {', '.join(ARGUMENTS)}")
-        changes[ARGUMENTS[key]] = value[0] if key == "img_size" and isinstance(value, tuple) else value
+        if key == "img_size" and isinstance(value, tuple | list):
+            if len(set(value)) != 1:
+                raise UsageError(f"{variant} takes square images, not {tuple(value)}", "give one number")
+            value = value[0]
+        changes[ARGUMENTS[key]] = value
     headless = changes.get("num_classes") == 0
     if headless:
         del changes["num_classes"]

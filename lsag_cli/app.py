@@ -70,6 +70,9 @@ def root(
 def main() -> None:
     """Run the command line: exit codes as in docs/errors.md, and for an error one line on stderr."""
     open_streams()
+    # How long an idle thread of OpenMP keeps its core busy; read when libgomp is loaded. By default it is milliseconds,
+    # and with other work on the machine each product waits for threads that wait for cores (docs/benchmarks.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     signal.signal(signal.SIGTERM, terminate)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until a training listens to it
     code = 0
@@ -122,6 +125,11 @@ def run() -> int:
     except output.ReaderGoneError:
         raise
     except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, TerminatedError):  # which a library took for a failure of its own
+                return fail(cause.what, cause.fix, cause.exit_code)
+            cause = cause.__cause__ or cause.__context__
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:

@@ -34,9 +34,9 @@ def bench(
     contenders: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Presets, checkpoints, .onnx files (host:FILE counts copies), timm:NAME, plain:PRESET, the released "
-            "formulation, or compiled:PRESET; presets and timm's names with settings, as NAME,KEY=VALUE. The first is "
-            "the measure of the others.",
+            help="Presets, checkpoints, .onnx files (host:FILE counts copies), timm:NAME, plain:PRESET (the released "
+            "formulation), compiled:PRESET; presets and timm's names may have settings, as NAME,KEY=VALUE. The first "
+            "is the measure of the others.",
             show_default=" ".join(DEFAULT),
         ),
     ] = None,
@@ -46,7 +46,7 @@ def bench(
     mode: Annotated[
         Literal["inference", "training"], typer.Option(help="A forward pass, or a whole training step.")
     ] = "inference",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=65_536, help="Images at a time.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="How often the contenders take turns.")] = 10,
     dtype: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of matrix products; auto as in lsag train.")
@@ -54,7 +54,8 @@ def bench(
     device: Device = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the models with torch.compile.")] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of the CPU for each contender.", show_default="by the machine")
+        int | None,
+        typer.Option(min=1, max=4_096, help="Threads of the CPU for each contender.", show_default="by the machine"),
     ] = None,
     system_allocator: Annotated[
         bool,

@@ -27,9 +27,9 @@ def doctor(
         for finding in examine(data_dir_or_default(data_dir), Path("runs")):
             findings.append(finding)
             if not as_json:
-                say(f"{'!' if finding.problem else ' '} {finding.name:26} {finding.value}")
+                concerns = purpose in finding.prevents if purpose else "train" in finding.prevents
+                say(f"{'!' if finding.problem and concerns else ' '} {finding.name:26} {finding.value}")
     wrong = [finding for finding in findings if purpose in finding.prevents]
-    problems = [finding for finding in findings if finding.problem and finding.fix]
     error = None
     if wrong:
         first = wrong[0]
@@ -39,7 +39,9 @@ def doctor(
         failed = {"error": {"code": error.exit_code, "message": str(error)}} if error else {}
         print_json("doctor", purpose=purpose, findings=shown, **failed)
     else:
-        for finding in problems:
-            say(f"! {finding.name}: {finding.problem} — {finding.fix}")
+        for finding in findings:
+            if finding.problem and finding.fix:
+                for_whom = "" if "train" in finding.prevents else " (matters on a GPU only)"
+                say(f"{finding.name}: {finding.problem}{for_whom} — {finding.fix}")
     if error:
         raise error

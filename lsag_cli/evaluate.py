@@ -36,7 +36,9 @@ def evaluate(
     device: Device = "auto",
     provider: Provider = None,
     profile: Profile = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; changes nothing but speed.")] = 256,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=65_536, help="Images at a time; changes nothing but speed.")
+    ] = 256,
     workers: Workers = None,
     no_download: NoDownload = False,
     plot: Annotated[

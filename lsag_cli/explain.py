@@ -7,7 +7,7 @@ import typer
 
 from lsag.errors import InputError, UsageError
 from lsag_cli.options import Force, Json, leaving_at_once, refuse_existing
-from lsag_cli.output import percent, print_json, say
+from lsag_cli.output import percent, print_json, say, visible
 
 
 def explain(
@@ -15,7 +15,11 @@ def explain(
     image: Annotated[Path, typer.Argument(help="An image file.", show_default=False)],
     at: Annotated[
         str | None,
-        typer.Option(metavar="X,Y", help="The token whose attention is shown, in pixels.", show_default="the middle"),
+        typer.Option(
+            metavar="X,Y",
+            help="The token whose attention is shown, in pixels of the cropped image.",
+            show_default="the middle",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The picture, a PNG.", show_default="IMAGE-explained.png")] = None,
     force: Force = False,
@@ -30,10 +34,10 @@ def explain(
     point = None
     if at is not None:
         numbers = at.split(",")
-        if len(numbers) != 2 or not all(number.strip().isdecimal() for number in numbers):
+        if len(numbers) != 2 or not all(number.strip().isdecimal() and len(number) < 7 for number in numbers):
             raise UsageError(f"--at {at} is no point", "for example --at 10,20")
         point = int(numbers[0]), int(numbers[1])
-    refuse_existing(out, force)
+    refuse_existing(out, force, source=image)
     with leaving_at_once():
         from lsag.checkpoint import load_checkpoint
         from lsag.explain import explain as run
@@ -55,5 +59,5 @@ def explain(
             entropy_bits=found.entropy.mean().item(),
         )
         return
-    say(", ".join(f"{name} {percent(share)}" for name, share in found.classes))
-    say(f"drawn: {out}")
+    say(", ".join(f"{visible(name)} {percent(share)}" for name, share in found.classes))
+    say(f"drawn: {visible(str(out))}")

@@ -41,7 +41,7 @@ def export(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write a model as one ONNX file that takes uint8 images, compared with PyTorch before it gets its name."""
+    """Write a model as one ONNX file, compared with PyTorch before it gets its name; or its weights as safetensors."""
     if onnx == safetensors:
         raise UsageError("ask for one format", "add --onnx or --safetensors")
     if safetensors and (opset != "20" or half or batch or raw_input):
@@ -61,7 +61,9 @@ def export(
         checkpoint = checkpoint or newest_best()
         refuse_folder(checkpoint)
         out = out or checkpoint.with_suffix(suffix)
-    refuse_existing(out, force)
+    if out.suffix != suffix:
+        raise UsageError(f"--out {out} does not end in {suffix}", "give a file of that kind")
+    refuse_existing(out, force, source=checkpoint)
 
     from lsag.checkpoint import load_checkpoint, random_checkpoint, save_safetensors
     from lsag.export import OPSETS, export_onnx
@@ -70,7 +72,7 @@ def export(
         source = random_checkpoint(resolved)
     else:
         source = load_checkpoint(checkpoint)
-        note(f"exporting {checkpoint} (epoch {source.epoch} of {source.preset.train.epochs})")
+        epoch = f" of {checkpoint} (epoch {source.epoch} of {source.preset.train.epochs})"
     if safetensors:
         save_safetensors(out, source)
         if as_json:
@@ -83,6 +85,8 @@ def export(
         runs_from = {"oldest_onnxruntime": OPSETS[done.opset]}
         print_json("export", path=str(done.path), preset=source.preset.name, **figures, **runs_from)
         return
+    if checkpoint is not None:
+        note(f"made{epoch}")
     takes = "normalised float32 images" if raw_input else "uint8 images"
     say(
         f"{done.path}: {source.preset.name}{', fp16' if half else ''}, {takes}, opset {done.opset} "
@@ -109,7 +113,7 @@ def convert(
     resolved = read_preset(preset, overrides, dataset)
     refuse_folder(file)
     out = out or file.with_name(f"{file.stem}-lsag.pt")
-    refuse_existing(out, force)
+    refuse_existing(out, force, source=file)
 
     from lsag.convert import convert_file
 

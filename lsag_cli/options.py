@@ -99,9 +99,14 @@ def read_preset(name: str, overrides: list[str] | None, dataset: str | None = No
     return load_preset(name, changes, dataset=dataset)
 
 
-def refuse_existing(out: Path, force: bool) -> None:
+def refuse_existing(out: Path, force: bool, *, source: Path | None = None) -> None:
+    """OutputError for a file that must not or cannot be written; also with `force` if it is the `source` itself."""
+    if source and out.exists() and source.exists() and out.samefile(source):
+        raise OutputError(f"{out} is the file that is read", "choose another --out")
     if not force and (out.exists() or out.is_symlink()):
         raise OutputError(f"{out} exists", "add --force, or choose another --out")
+    if not out.parent.is_dir():
+        raise OutputError(f"cannot write {out}: there is no folder {out.parent}", "create the folder first")
 
 
 def check_provider(model: Path, provider: str | None, profile: bool) -> None:

@@ -29,6 +29,11 @@ def say(text: str) -> None:
         raise ReaderGoneError from error
 
 
+def visible(name: str) -> str:
+    """A name with what a terminal would obey or break at written out."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode() for one in name)
+
+
 def say_table(table: Table) -> None:
     """A table on stdout, as wide as its figures need: a narrow terminal may wrap it, but nothing is cut off."""
     drawn = io.StringIO()

@@ -13,8 +13,8 @@ import typer
 
 from lsag.errors import InputError, UsageError
 from lsag.files import replacing
-from lsag_cli.options import Device, Json, Profile, Provider, check_provider, nodes_line
-from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, table
+from lsag_cli.options import Device, Json, Profile, Provider, check_provider, leaving_at_once, nodes_line
+from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, table, visible
 
 if TYPE_CHECKING:
     from lsag.predict import Prediction
@@ -27,7 +27,7 @@ def predict(
     device: Device = "auto",
     provider: Provider = None,
     profile: Profile = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, max=65_536, help="Images at a time.")] = 64,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a CSV file instead of the table.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -37,10 +37,11 @@ def predict(
     check_provider(model, provider, profile)
     paths = list(find_images(images))
 
-    from rich.progress import MofNCompleteColumn, Progress
+    with leaving_at_once():
+        from rich.progress import MofNCompleteColumn, Progress
 
-    from lsag.evaluate import open_model
-    from lsag.predict import predict as run
+        from lsag.evaluate import open_model
+        from lsag.predict import predict as run
 
     opened = open_model(model, device=device, provider=provider)
     found: list[Prediction] = []
@@ -49,12 +50,12 @@ def predict(
         for prediction in bar.track(run(opened, paths, top_k=top_k, batch_size=batch_size), total=len(paths)):
             found.append(prediction)
     broken = sum(bool(prediction.error) for prediction in found)
-    if csv_file:
-        write_csv(found, csv_file, columns=min(top_k, len(opened.classes)))
     if broken == len(found):
         raise InputError(
             f"none of the {broken} images could be read: {found[0].image}: {found[0].error}", "see the files"
         )
+    if csv_file:
+        write_csv(found, csv_file, columns=min(top_k, len(opened.classes)))
     if as_json:
         rows = [
             {"image": str(one.image), "error": one.error}
@@ -106,10 +107,10 @@ def show(found: "Sequence[Prediction]") -> None:
     shown = table("image", "class", "probability", "next")
     for one in found:
         if one.error:
-            shown.add_row(str(one.image), f"({one.error})", "-", "")
+            shown.add_row(visible(str(one.image)), f"({visible(one.error)})", "-", "")
             continue
-        pairs = [(name, percent(share)) for name, share in zip(one.classes, one.probabilities, strict=True)]
-        shown.add_row(str(one.image), *pairs[0], ", ".join(f"{name} {share}" for name, share in pairs[1:]))
+        pairs = [(visible(name), percent(share)) for name, share in zip(one.classes, one.probabilities, strict=True)]
+        shown.add_row(visible(str(one.image)), *pairs[0], ", ".join(f"{name} {share}" for name, share in pairs[1:]))
     say_table(shown)
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -32,9 +32,6 @@ from lsag_cli.options import (
     read_preset,
 )
 from lsag_cli.output import giga, note, percent, print_json, say
-
-if TYPE_CHECKING:
-    pass
 
 DEFAULT_PRESET = "digits-nano"
 NOT_REPEATED = {

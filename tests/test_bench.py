@@ -81,6 +81,12 @@ def test_recomputing_saves_memory():
     assert every < 0.95 * local < 0.9 * none
 
 
+@pytest.mark.parametrize("settings", ["img_size=(32,32)", "in_chans=1"])
+def test_timms_images_have_the_shape_that_was_asked_for(settings):
+    contender = open_contender(f"timm:test_vit,{settings}", on=CPU)
+    assert contender.model(torch.zeros(1, *contender.shape)).shape == (1, 1000)
+
+
 def test_fused_attention_is_counted():
     model = torch.nn.MultiheadAttention(8, 2, batch_first=True)
 
@@ -102,6 +108,10 @@ def test_fused_attention_is_counted():
     [
         ("timm:no_such_model", {}, "timm has no model"),
         ("timm:resnet18,colour=blue", {}, "resnet18"),
+        ("timm:resnet18,pretrained=True", {}, "random weights"),
+        ("timm:test_vit,img_size=[1]", {}, "test_vit"),
+        ("digits-nano,model.image_size=8,model.image_size=16", {}, "twice"),
+        ("a.pt,model.image_size=8", {}, "its own settings"),
         ("cifar-tny", {}, "cifar-tiny"),
         ("a.onnx", {"mode": "training"}, "can only be run"),
         ("a.onnx", {"own_precision": False}, "own precision"),

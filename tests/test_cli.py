@@ -74,7 +74,7 @@ def test_eval_export_and_eval_of_the_export_agree(trained, lsag):
     with Image.open(folder / "runs/first/best-pt-digits-confusion.png") as image:
         assert image.width > 500
     exported = lsag("export", "--onnx", cwd=folder)  # the newest run's best
-    assert exported.returncode == 0 and "runs/first/best.onnx: digits-nano, opset" in exported.stdout, exported.stderr
+    assert exported.returncode == 0 and "runs/first/best.onnx: digits-nano, uint8 images, opset 20" in exported.stdout, exported.stderr
     second = lsag("eval", folder / "runs/first/best.onnx", "--json", "--predictions", "b.csv", cwd=folder)
     result = json.loads(second.stdout)
     assert result["images"] == 360 and result["device"] == "onnxruntime CPUExecutionProvider"
@@ -205,11 +205,12 @@ REFUSED = {
     "a picture over a checkpoint": (["eval", "a.pt", "--plot", "a.pt"], 2, ["--plot a.pt does not end in .png"]),
     "a folder to export": (["export", ".", "--onnx"], 3, [". is a folder"]),
     "a folder to convert": (["convert", ".", "--preset", "cifar-tiny"], 3, [". is a folder"]),
-    "a name that is too long": (["eval", "x" * 300 + ".onnx"], 2, ["too long"]),
+    "a name that is too long": (["eval", "x" * 300 + ".onnx"], 3, ["too long"]),
     "a device as checkpoint": (["eval", "/dev/zero"], 3, ["not a regular file"]),
     "a preset beside a checkpoint": (["export", "a.pt", "--onnx", "--preset", "cifar-tiny"], 2, ["own preset"]),
     "nothing to convert": (["convert", "absent.pth", "--preset", "cifar-tiny"], 3, ["absent.pth does not exist"]),
-    "unknown provider": (["eval", "absent.onnx", "--device", "tpu"], 2, ["unknown provider"]),
+    "unknown provider": (["eval", "absent.onnx", "--provider", "tpu"], 2, ["--provider", "tpu"]),
+    "device of a graph": (["eval", "absent.onnx", "--device", "cpu"], 2, ["use --provider"]),
 }
 
 

@@ -38,6 +38,8 @@ def test_timms_arguments():
     model = timm.create_model(SMALL, num_classes=7, img_size=16, drop_path_rate=0.2, in_chans=1, drop_rate=0.0)
     assert model(torch.randn(2, 1, 16, 16)).shape == (2, 7) and model.config.drop_path == 0.2
     assert timm.create_model(SMALL, num_classes=0)(torch.randn(2, 3, 32, 32)).shape == (2, 128)
+    with pytest.raises(UsageError, match="square"):
+        timm.create_model(SMALL, img_size=(16, 32))
     with pytest.raises(UsageError, match="window_size"):
         timm.create_model(SMALL, window_size=7)
     with pytest.raises(RuntimeError):
@@ -117,6 +119,14 @@ def test_the_commands_take_safetensors(lsag, checkpoint, tmp_path):
     done = lsag("export", "a.pt", "--safetensors")
     assert done.returncode == 0 and (tmp_path / "a.safetensors").exists(), done.stderr
     assert lsag("eval", "a.safetensors", "--dataset", "digits").returncode in (0, 3)
+    before = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "link.onnx").hardlink_to(tmp_path / "a.pt")
+    assert_refused(lsag("export", "link.onnx", "--onnx", "--force"), 6, "is the file that is read")
+    assert_refused(
+        lsag("export", "a.pt", "--safetensors", "--out", "a.pt", "--force"), 2, "does not end in .safetensors"
+    )
+    assert_refused(lsag("export", "a.pt", "--onnx", "--out", "nowhere/a.onnx"), 6, "there is no folder nowhere")
+    assert (tmp_path / "a.pt").read_bytes() == before
     assert_refused(lsag("export", "a.pt"), 2, "--onnx or --safetensors")
     assert_refused(lsag("export", "a.pt", "--safetensors", "--half", "--force"), 2, "are for --onnx")
 
@@ -136,7 +146,8 @@ def test_push_says_what_is_in_the_way(lsag, checkpoint, tmp_path):
     save_checkpoint(tmp_path / "a.pt", checkpoint)
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path / "hf")}
     assert_refused(lsag("push", "a.pt", "org/name", env=nowhere), 4, "org/name could not be written on the hub")
-    assert_refused(lsag("push", "a.pt", "no name!", env=nowhere), 4, "no name!")
+    for name in ("no name!", "", "a/b/c", "../x"):
+        assert_refused(lsag("push", "a.pt", name, env=nowhere), 2, "is no name on the hub")
     assert_refused(lsag("push", "absent.pt", "org/name", env=nowhere), 3, "absent.pt")
 
 

@@ -102,5 +102,11 @@ def test_the_command_draws(lsag, tmp_path, picture, name):
     found = json.loads(lsag("explain", "a.pt", "cat $x$.png", "--force", "--json").stdout)
     assert sum(share for *_, share in found["shifts"]) == pytest.approx(1)
     assert_refused(lsag("explain", "a.pt", "cat $x$.png", "--at", "5", "--out", "b.png"), 2, "for example --at 10,20")
+    for at in ("1" * 5000 + ",1", "-1,1"):
+        assert_refused(
+            lsag("explain", "a.pt", "cat $x$.png", f"--at={at}", "--out", "b.png"), 2, "for example --at 10,20"
+        )
+    here = ["cat $x$.png", "--out", "cat $x$.png", "--force"]
+    assert_refused(lsag("explain", "a.pt", *here), 6, "is the file that is read")
     assert_refused(lsag("explain", "a.onnx", "cat $x$.png", "--out", "b.png"), 3, "the checkpoint it was made of")
     assert_refused(lsag("explain", "a.pt", "absent.png", "--out", "b.png"), 3, "absent.png")

@@ -58,6 +58,31 @@ def test_chunks_and_the_released_formulation_give_the_same(config, chunk):
             torch.testing.assert_close(ours.grad / scale, theirs.grad / scale, rtol=0, atol=1e-4, msg=name)
 
 
+LARGE = ("cifar-small", "cifar-base")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in preset_paths()]
+)
+def test_presets_compute_what_the_released_formulation_computes(name):
+    """At full size: logits within 1e-5, as inference and as training computes them; gradients within 1e-4."""
+    torch.manual_seed(0)
+    config = load_preset(name).model.model_copy(update={"drop_path": 0.0})
+    model = LSAG(config).train()
+    released = plain(model)
+    batch = images(2, config)
+    expected = released(batch)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(batch), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(batch[:1]), expected[:1], rtol=0, atol=1e-5)
+    found = model(batch)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for logits in (found, expected):
+        torch.nn.functional.cross_entropy(logits, torch.tensor([1, 0])).backward()
+    for (label, ours), theirs in zip(model.named_parameters(), released.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4 * theirs.grad.abs().max(), msg=label)
+
+
 def test_extending_and_rolling_differ_only_for_kernel_9():
     rolled, extended = CONFIGS["kernel 9, rolled"], CONFIGS["kernel 9, extended"]
     batch = images(2, rolled)

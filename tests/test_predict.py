@@ -93,8 +93,13 @@ def test_files_folders_and_patterns(lsag, model, folder):
     (folder / "empty").mkdir()
     for given in ("empty", "*.jpg"):
         assert_refused(lsag("predict", model, given, cwd=folder), 3, f"there are no images in {given}")
-    assert_refused(lsag("predict", model, "absent.png", cwd=folder), 3, "absent.png")
+    assert_refused(lsag("predict", model, "absent.png", cwd=folder), 3, "absent.png", "no such file")
     assert_refused(lsag("predict", model, "pipe.png", cwd=folder), 3, "not a regular file")
+    (folder / "esc\x1b[31m\n.png").write_bytes((folder / "val/cat/0.png").read_bytes())
+    shown = lsag("predict", model, "esc\x1b[31m\n.png", cwd=folder).stdout
+    assert "esc\\x1b[31m\\n.png" in shown and "\x1b" not in shown
+    (folder / "link.csv").symlink_to("/dev/null")
+    assert_refused(lsag("predict", model, "val", "--csv", "link.csv", cwd=folder), 6, "not a regular file")
     assert_refused(lsag("predict", model, "val", "--csv", "a.txt", cwd=folder), 2, ".csv")
 
 

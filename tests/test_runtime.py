@@ -14,7 +14,7 @@ from lsag.checkpoint import random_checkpoint
 from lsag.errors import InputError, UnavailableError, UsageError
 from lsag.export import export_onnx, made_up_images
 from lsag.gpu import check_driver, describe_installation, distributions, how_to_fix, torch_cuda
-from lsag.runtime import Session, graph_digest
+from lsag.runtime import PROVIDERS, Session, graph_digest
 from tests.conftest import assert_refused, randomise
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which CUDA does not load")
@@ -196,17 +196,32 @@ def test_functions_are_refused(write):
         Session(write(lambda model: model.functions.append(function)))
 
 
+def test_work_that_is_left_to_the_cpu_is_refused(graph, monkeypatch):
+    """As if CUDA had loaded and taken nothing: what a real GPU does is not tested here."""
+    monkeypatch.setattr("lsag.runtime.check_driver", lambda provider: None)
+    monkeypatch.setitem(PROVIDERS, "cuda", "CPUExecutionProvider")
+    with pytest.raises(UnavailableError, match=r"left \d+ nodes such as \w+ to the CPU"):
+        Session(graph, provider="cuda")
+
+
+def test_sparse_weights_are_refused(write):
+    def sparse(model):
+        model.graph.sparse_initializer.add()
+
+    with pytest.raises(InputError, match="keeps weights in other files"):
+        Session(write(sparse))
+
+
 def test_what_was_checked_is_what_runs(graph, tmp_path, monkeypatch, checkpoint):
     """A file that is swapped after it was read changes nothing."""
     path = tmp_path / "model.onnx"
     path.write_bytes(graph.read_bytes())
-    read = Session._read
+    check = Session._check
 
-    def swap(self, path):
-        data = read(self, path)
+    def swap(self, name):
+        check(self, name)
         path.write_bytes(b"something else")
-        return data
 
-    monkeypatch.setattr(Session, "_read", swap)
+    monkeypatch.setattr(Session, "_check", swap)
     assert Session(path)(made_up_images(2, checkpoint)).isfinite().all()
     assert path.read_bytes() == b"something else"
