@@ -1,7 +1,7 @@
 """Linear layers and attention; on an x86 CPU through oneDNN, which is in torch, but which torch does not use in fp32.
 
-It leaves fp32 products to MKL. On the AMD processor of docs/benchmarks.md oneDNN takes half the time: 200 to 230
-GMACs/s against 105. The operator is one that torch.compile calls on a CPU.
+It leaves fp32 products to MKL. On the AMD processor of docs/benchmarks.md oneDNN takes half the time: 191 to 235
+GMACs/s against 101 to 109. The operator is one that torch.compile calls on a CPU.
 """
 
 import platform

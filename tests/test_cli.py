@@ -74,7 +74,9 @@ def test_eval_export_and_eval_of_the_export_agree(trained, lsag):
     with Image.open(folder / "runs/first/best-pt-digits-confusion.png") as image:
         assert image.width > 500
     exported = lsag("export", "--onnx", cwd=folder)  # the newest run's best
-    assert exported.returncode == 0 and "runs/first/best.onnx: digits-nano, uint8 images, opset 20" in exported.stdout, exported.stderr
+    assert (
+        exported.returncode == 0 and "runs/first/best.onnx: digits-nano, uint8 images, opset 20" in exported.stdout
+    ), exported.stderr
     second = lsag("eval", folder / "runs/first/best.onnx", "--json", "--predictions", "b.csv", cwd=folder)
     result = json.loads(second.stdout)
     assert result["images"] == 360 and result["device"] == "onnxruntime CPUExecutionProvider"
@@ -424,3 +426,21 @@ def test_presets_travel_in_the_wheel(tmp_path):
         text=True,
     )
     assert where.stdout.startswith(str(tmp_path)), "the installed copy was not the one that ran"
+
+
+def test_a_signal_that_a_library_wraps_in_its_own_error_is_a_signal(monkeypatch, capsys):
+    """torch's exporter does so."""
+    import typer
+
+    from lsag.errors import TerminatedError
+    from lsag_cli import app as module
+
+    def fail(*args, **kwargs):
+        try:
+            raise TerminatedError("stopped by SIGTERM")
+        except TerminatedError as error:
+            raise RuntimeError("conversion failed") from error
+
+    monkeypatch.setattr(typer.main, "get_command", lambda app: type("Command", (), {"main": fail}))
+    assert module.run() == 143
+    assert capsys.readouterr().err == "lsag: error: stopped by SIGTERM\n"
