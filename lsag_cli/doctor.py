@@ -41,7 +41,7 @@ def doctor(
     else:
         for finding in findings:
             if finding.problem and finding.fix:
-                for_whom = "" if "train" in finding.prevents else " (matters on a GPU only)"
+                for_whom = " (matters on a GPU only)" if finding.prevents == ("gpu-inference",) else ""
                 say(f"{finding.name}: {finding.problem}{for_whom} — {finding.fix}")
     if error:
         raise error
