@@ -69,7 +69,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.contiguous()  # oneDNN is a hundred times slower with rows that stand apart
+        x = x.contiguous()  # with rows that stand apart oneDNN is many times slower in the backward
         ctx.save_for_backward(x, weight)
         return _product(x, weight, bias)
 
