@@ -15,7 +15,7 @@ STUCK_SECONDS = 10
 
 
 class StopRequestedError(BaseException):
-    """A wish to stop that came while nothing was computed. No Exception, lest a decoder's error handling eat it."""
+    """A wish to stop that came while nothing is to be saved. No Exception, lest a library's error handling eat it."""
 
 
 class Signals:

@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 from lsag import __version__
 from lsag.errors import InterruptedByUserError, LsagError, PeerLostError, TerminatedError, WorkerError
 from lsag.launch import launched, report
+from lsag.signals import StopRequestedError
 from lsag_cli import output
 from lsag_cli.bench import bench
 from lsag_cli.doctor import doctor
@@ -93,7 +94,7 @@ def main() -> None:
 
 def terminate(number: int, frame: FrameType | None) -> None:
     """SIGTERM ends a command as Ctrl-C does: what it was writing is cleared away."""
-    raise TerminatedError("stopped by SIGTERM")
+    raise StopRequestedError
 
 
 def open_streams() -> None:
@@ -118,6 +119,8 @@ def run() -> int:
         if isinstance(error, WorkerError | InterruptedByUserError | TerminatedError):
             leave(code)
         return code
+    except StopRequestedError:
+        leave(fail("stopped by SIGTERM", "", 128 + signal.SIGTERM))
     except TyperException as error:
         return fail(error.format_message().rstrip("."), "see --help", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -125,11 +128,6 @@ def run() -> int:
     except output.ReaderGoneError:
         raise
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, TerminatedError):  # which a library took for a failure of its own
-                return fail(cause.what, cause.fix, cause.exit_code)
-            cause = cause.__cause__ or cause.__context__
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
