@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from lsag.config import ModelConfig, StageConfig
-from lsag.onednn import Linear, attention
+from lsag.onednn import Linear, attention, linear, mlp
 
 # The release's value; the paper names none.
 NORM_EPS = 1e-6
@@ -121,8 +121,9 @@ class LocalAttention(Attention):
 
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
     """(B, N, K, G, a) with a matrix for each key/value head, (K, a, b) -> (B, N, K, G, b)."""
-    batch, tokens, _, group, _ = x.shape
-    return (x.permute(2, 0, 1, 3, 4).flatten(1, 3) @ weight).unflatten(1, (batch, tokens, group)).permute(1, 2, 0, 3, 4)
+    if len(weight) == 1:
+        return linear(x, weight[0].T)
+    return torch.stack([linear(rows, matrix.T) for rows, matrix in zip(x.unbind(2), weight, strict=True)], dim=2)
 
 
 class GlobalAttention(Attention):
@@ -144,6 +145,17 @@ class GlobalAttention(Attention):
         return torch.einsum("bkgd,bnkd->bkgn", query, key).flatten(1, 2).softmax(dim=-1)
 
 
+class MLP(nn.Sequential):
+    """Linear, GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__(Linear(dim, hidden), nn.GELU(), Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return mlp(x, self[0], self[2])
+
+
 class Block(nn.Module):
     """x + Attention(norm(x)), then x + MLP(norm(x)), each branch dropped for a whole image with some probability.
 
@@ -155,7 +167,7 @@ class Block(nn.Module):
         super().__init__()
         hidden = int(stage.embed_dim * config.mlp_ratio)
         self.attn = attn
-        self.mlp = nn.Sequential(Linear(stage.embed_dim, hidden), nn.GELU(), Linear(hidden, stage.embed_dim))
+        self.mlp = MLP(stage.embed_dim, hidden)
         self.drop_path = StochasticDepth(config.drop_path, mode="row")
         self.recompute = False
 

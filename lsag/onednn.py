@@ -27,11 +27,20 @@ ATTENTION_KEYS = 256
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., in), (out, in), (out,) -> (..., out)."""
-    if not _serves(x, weight) or x.dim() < 2 or not x.numel():
+    if not _serves(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias)
     return _product(x, weight, bias)
+
+
+def mlp(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
+    """Linear, GELU, linear: (..., D) -> (..., D)."""
+    if not _serves(x, first.weight):
+        return second(F.gelu(first(x)))
+    if torch.is_grad_enabled():
+        return _GeluLinear.apply(first(x), second.weight, second.bias)
+    return _product(_product(x, first.weight, first.bias, "gelu"), second.weight, second.bias)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -57,11 +66,13 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
         # Compilers and exporters want to see torch's own operators.
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and x.dim() > 1
+        and x.numel() > 0
     )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _onednn(x, weight, bias, "none", [], "")  # type: ignore[misc]
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
+    return _onednn(x, weight, bias, then, [], "none")  # type: ignore[misc]
 
 
 class _Linear(torch.autograd.Function):
@@ -78,17 +89,38 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        rows, into = x.flatten(0, -2), grad.flatten(0, -2)
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _product(grad, weight.T)
-        if ctx.needs_input_grad[1]:
-            # The same matrix either way; oneDNN is up to half as fast again when the longer side comes last.
-            wide = weight.shape[0] > weight.shape[1]
-            grad_weight = _product(rows.T, into.T).T if wide else _product(into.T, rows.T)
-        if ctx.needs_input_grad[2]:
-            grad_bias = into.sum(0)
-        return grad_x, grad_weight, grad_bias
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            _product(grad, weight.T) if of_x else None,
+            _weight_grad(x, grad) if of_weight else None,
+            grad.flatten(0, -2).sum(0) if of_bias else None,
+        )
+
+
+class _GeluLinear(torch.autograd.Function):
+    """The product with GELU(x), which is computed once more in the backward: it is the largest tensor of a block."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_weight = _weight_grad(F.gelu(x), grad)
+        grad_x = _product(grad, weight.T)
+        torch.ops.aten.gelu_backward(grad_x, x, grad_input=grad_x)
+        return grad_x, grad_weight, grad.flatten(0, -2).sum(0)
+
+
+def _weight_grad(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of a weight from its input (..., in) and the gradient of its output (..., out) -> (out, in)."""
+    rows, into = x.flatten(0, -2), grad.flatten(0, -2)
+    # The same matrix either way; oneDNN is up to half as fast again when the longer side comes last.
+    return _product(rows.T, into.T).T if into.shape[1] > rows.shape[1] else _product(into.T, rows.T)
 
 
 class Linear(nn.Linear):

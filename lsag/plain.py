@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lsag.model import LSAG, Attention, GlobalAttention, LocalAttention, LocalBlock, ShiftEmbedding
+from lsag.model import LSAG, MLP, Attention, GlobalAttention, LocalAttention, LocalBlock, ShiftEmbedding
 from lsag.onednn import Linear
 
 
@@ -54,6 +54,7 @@ class _PlainGlobal(GlobalAttention):
 
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     Linear: nn.Linear,
+    MLP: nn.Sequential,
     ShiftEmbedding: _PlainEmbedding,
     LocalAttention: _PlainLocal,
     GlobalAttention: _PlainGlobal,

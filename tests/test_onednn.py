@@ -4,6 +4,7 @@ from torch import nn
 
 import lsag.onednn
 from lsag import LSAG
+from lsag.model import MLP
 from lsag.onednn import Linear, attention, linear
 from lsag.plain import plain
 from tests.conftest import small_config
@@ -63,6 +64,33 @@ def test_attention_is_that_of_torch(queries):
     with torch.inference_mode():
         torch.testing.assert_close(attention(query, key, value), expected)
     torch.testing.assert_close(attention(query, key, value), expected)
+
+
+@pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
+def test_the_mlp_is_that_of_torch(x):
+    """Values, and gradients, for which GELU is computed once more and changed in place."""
+    block = MLP(6, 20)
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    leaves = [x, *block.parameters()]
+    found, expected = block(x), nn.Sequential.forward(block, x)
+    grad = torch.randn(expected.shape)
+    theirs = torch.autograd.grad(expected, leaves, grad)
+    for _ in range(2):  # the second time from what was saved the first time
+        ours = torch.autograd.grad(found, leaves, grad, retain_graph=True)
+        for mine, other in zip([found, *ours], [expected, *theirs], strict=True):
+            torch.testing.assert_close(mine, other)
+    with torch.inference_mode():
+        torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.skipif(lsag.onednn._onednn is None, reason="no oneDNN here")
+def test_the_mlp_keeps_its_hidden_tensor_once():
+    block, kept = MLP(6, 20), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: kept.append(saved.numel()) or saved, lambda saved: saved
+    ):
+        block(torch.randn(1000, 6))
+    assert kept.count(20_000) == 1
 
 
 def test_a_frozen_layer_gets_no_gradient():
