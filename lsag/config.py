@@ -29,6 +29,8 @@ BelowOne = Annotated[Real, Field(ge=0, lt=1)]
 PositiveReal = Annotated[Real, Field(gt=0)]
 Shift = tuple[Integer, Integer]
 
+# Swin's own 7 divides no grid of the presets. A smaller grid is one window.
+SWIN_WINDOW = 8
 MAX_PRESET_BYTES = 1_000_000
 # What timm understands: magnitude, its spread and limit, number of operations, probability, increasing severity.
 RAND_AUGMENT = r"^rand(-((m|n|mmax|inc)\d{1,2}|(mstd|p)\d+(\.\d+)?))*$"
@@ -84,6 +86,13 @@ class ModelConfig(_Frozen):
     patch_stride: Size
     patch_padding: NonNegativeInteger
     shift_mode: Literal["roll", "extend"] = "roll"
+    variants: Literal["convolution", "translation"] = "convolution"
+    """What makes a shift's variant: a convolution of its own on the rolled image, or one for all on an image whose
+    edges are reflected."""
+    position: Literal["variant", "shared"] = "variant"
+    """Whether a patch has a position embedding for each variant, or one."""
+    local: Literal["shift", "none", "swin", "cvt"] = "shift"
+    """The first block: the paper's, a global one like the others, Swin's, or CvT's with CvT's embedding (Table 6)."""
     mlp_ratio: Annotated[Real, Field(ge=0.1, le=100)] = 4.0
     drop_path: BelowOne = 0.1
     stages: tuple[StageConfig, ...] = Field(min_length=1)
@@ -107,6 +116,17 @@ class ModelConfig(_Frozen):
         if self.patch_padding >= self.patch_kernel:
             raise ValueError(
                 f"patch_padding {self.patch_padding} must be smaller than patch_kernel {self.patch_kernel}"
+            )
+        if self.variants == "translation" and self.shift_mode != "roll":
+            raise ValueError("variants 'translation' reflects the image's edges; set model.shift_mode=roll")
+        if self.local != "shift" and self.num_variants > 1:
+            raise ValueError(f"local '{self.local}' looks at no shifted variants; set model.shifts=[[0,0]]")
+        if self.local == "swin" and self.stages[0].depth < 2:
+            raise ValueError("local 'swin' has its own norms and needs a block beside it; set model.stages.0.depth=2")
+        if self.local == "cvt" and self.patch_kernel <= self.patch_stride:
+            raise ValueError(
+                f"local 'cvt' embeds overlapping patches: patch_kernel {self.patch_kernel} must be larger than "
+                f"patch_stride {self.patch_stride}"
             )
         return self
 
@@ -198,7 +218,7 @@ class TrainConfig(_Frozen):
 class PaperFigures(_Frozen):
     """What the paper prints for this model, for comparison only. The paper's "GFLOPs" are multiply-accumulates."""
 
-    params_m: Real
+    params_m: Real | None = None
     gmacs: Real | None = None
     images_per_second: Real | None = None
     top1: dict[str, Real] = {}
@@ -276,23 +296,54 @@ def preset_paths() -> dict[str, Path]:
     here = Path(__file__).parent
     # In a wheel they lie inside the package; in a checkout beside it.
     folder = next(path for path in (here / "presets", here.parent / "presets") if path.is_dir())
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return {path.stem: path for path in [*sorted(folder.glob("*.toml")), *sorted(folder.glob("ablation/*.toml"))]}
 
 
 def load_preset(
-    name_or_path: str | Path, overrides: Mapping[str, Any] | None = None, *, dataset: str | None = None
+    name_or_path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    dataset: str | None = None,
+    base: str | Path | None = None,
 ) -> Preset:
     """Load a preset by name, or from a TOML or JSON file.
 
-    `dataset` puts it on another dataset (with its classes and pixel statistics); then `overrides` with dotted keys,
-    such as {"train.epochs": 10}, are applied. Raises UsageError (a ValueError) that names every field at fault.
+    A file with `extends = "NAME"` (a preset's name, or a file relative to it) says only what it changes. `base` takes
+    the place of NAME, also in the preset's own name: cifar-tiny-a with the base cifar-nano is cifar-nano-a. `dataset`
+    puts the preset on another dataset (with its classes and pixel statistics); then `overrides` with dotted keys, such
+    as {"train.epochs": 10}, are applied. Raises UsageError (a ValueError) that names every field at fault.
     """
+    path, values = _read(name_or_path)
+    values.setdefault("name", path.stem)
+    if base is not None:
+        if not isinstance(extended := values.get("extends"), str):
+            raise UsageError(f"{path} extends no preset that {base} could replace", "leave the base away")
+        known = str(base) in preset_paths()
+        change = str(values["name"]).removeprefix(Path(extended).stem).removeprefix("-")
+        values |= {
+            "name": f"{Path(base).stem}-{change}",
+            "extends": str(base) if known else str(Path(base).absolute()),
+            "paper": None,
+        }
+    values = _extended(values, path)
+    if dataset is not None:
+        _set_dataset(values, dataset)
+    for key, value in (overrides or {}).items():
+        _set_by_path(values, key, value)
+    return validate_preset(values, origin=f"preset {path.stem}")
+
+
+def _read(name_or_path: str | Path, *, extended_by: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """A preset's file and what it holds; a path is relative to the file that is `extended_by` it."""
     known = preset_paths()
-    path = known.get(str(name_or_path), Path(name_or_path))
+    path = known.get(str(name_or_path)) or (extended_by.parent if extended_by else Path()) / name_or_path
+    where = f", which {extended_by} extends" if extended_by else ""
+    names = [name for name, file in known.items() if file.parent.name != "ablation"]  # one letter off a model's name
     try:
         if not path.is_file():
             raise UsageError(
-                f"no preset or file '{name_or_path}'{did_you_mean(str(name_or_path), known)}", "see: lsag presets"
+                f"no preset or file '{name_or_path}'{where}{did_you_mean(str(name_or_path), names)}",
+                "see: lsag presets",
             )
         if path.stat().st_size > MAX_PRESET_BYTES:
             raise UsageError(f"{path} is too large for a preset", "give a TOML file")
@@ -306,12 +357,34 @@ def load_preset(
         raise UsageError(f"cannot read {path}: {error.strerror}", "see: lsag presets") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds no preset", "give a file with [model], [data] and [train]")
-    values.setdefault("name", path.stem)
-    if dataset is not None:
-        _set_dataset(values, dataset)
-    for key, value in (overrides or {}).items():
-        _set_by_path(values, key, value)
-    return validate_preset(values, origin=f"preset {path.stem}")
+    return path, values
+
+
+def _extended(values: dict[str, Any], path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The `values` of the file `path` over those of the preset that it extends; the files `above` extend this one."""
+    name = values.pop("extends", None)
+    if name is None:
+        return values
+    if not isinstance(name, str):
+        raise UsageError(f"{path}: extends is {name!r}", "give a preset's name or file in quotes")
+    base, inherited = _read(name, extended_by=path)
+    above = (*above, path.resolve())
+    if base.resolve() in above:
+        raise UsageError(f"{path} extends {name}, which extends it in turn", "let one of them stand alone")
+    inherited = _extended(inherited, base, above)
+    for key in ("name", "description", "paper"):  # of that preset alone
+        inherited.pop(key, None)
+    return _merged(inherited, values)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Tables are merged, all else is replaced."""
+    both = {key: _merged(below[key], above[key]) for key in below.keys() & above if _are_tables(below[key], above[key])}
+    return below | above | both
+
+
+def _are_tables(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def validate_preset(values: Mapping[str, Any], *, origin: str) -> Preset:

@@ -44,6 +44,11 @@ def explain(checkpoint: Checkpoint, image: Image.Image, *, point: tuple[int, int
     `point` is (x, y) in pixels of what the model sees, by default the middle. UsageError if it lies outside.
     """
     config, model = checkpoint.preset.model, checkpoint.model.cpu().eval()
+    if config.local != "shift":
+        raise UsageError(
+            f"{checkpoint.preset.name} has no local attention to explain (model.local is {config.local})",
+            "explain a model whose model.local is shift",
+        )
     x, y = point or (config.image_size // 2, config.image_size // 2)
     if not (0 <= x < config.image_size and 0 <= y < config.image_size):
         raise UsageError(

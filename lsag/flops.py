@@ -3,9 +3,10 @@
 Counted as the paper counts: matrix products and convolutions, per image; norms, activations, softmax and biases not.
 """
 
+import math
 from dataclasses import dataclass
 
-from lsag.config import ModelConfig
+from lsag.config import SWIN_WINDOW, ModelConfig, StageConfig
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,15 @@ class Count:
 
 def count_stages(config: ModelConfig) -> list[Count]:
     """The embedding, each stage with the downsampling before it, and the head."""
-    variants, first = config.num_variants, config.stages[0].embed_dim
     tokens = [side**2 for side in config.grid_sizes]
-    patch = config.in_channels * config.patch_kernel**2
-    embed_macs = variants * tokens[0] * patch * first
-    counts = [Count("embedding", variants * (patch + 1 + tokens[0]) * first, embed_macs, embed_macs)]
+    counts = [_embedding(config)]
     for index, stage in enumerate(config.stages):
         dim, n = stage.embed_dim, tokens[index]
-        kv_dim = 2 * stage.num_kv_heads * dim // stage.num_heads
-        hidden = int(dim * config.mlp_ratio)
-        block_params = 2 * (dim + 1) * dim + (dim + 1) * kv_dim + (dim + 1) * hidden + (hidden + 1) * dim
-        mlp_macs = 2 * n * dim * hidden
-        global_macs = n * (2 * dim * dim + dim * kv_dim) + 2 * n * n * dim + mlp_macs
-        params, macs = stage.depth * block_params + 4 * dim, stage.depth * global_macs
-        macs_run = macs
-        if index == 0:
-            local = n * (2 * dim * dim + variants * dim * kv_dim) + 2 * variants * n * dim + mlp_macs
-            absorbed = n * 4 * dim * dim + 2 * variants * stage.num_heads * n * dim + mlp_macs
-            macs, macs_run = macs + local - global_macs, macs_run + absorbed - global_macs
-        else:
+        block = _global_block(config, stage, n)
+        first = block if index else _first_block(config)
+        params, macs, macs_run = (one + (stage.depth - 1) * other for one, other in zip(first, block, strict=True))
+        params += 4 * dim
+        if index:
             before = config.stages[index - 1].embed_dim
             down_macs = tokens[index - 1] * 9 * before * dim
             params += (9 * before + 1) * dim + 2 * dim + n * dim
@@ -56,6 +47,53 @@ def count_stages(config: ModelConfig) -> list[Count]:
     head_macs = last * config.num_classes
     counts.append(Count("head", 2 * last + (last + 1) * config.num_classes, head_macs, head_macs))
     return counts
+
+
+def _embedding(config: ModelConfig) -> Count:
+    variants, dim, n = config.num_variants, config.stages[0].embed_dim, config.grid_sizes[0] ** 2
+    patch = config.in_channels * config.patch_kernel**2
+    convolutions = 1 if config.variants == "translation" else variants
+    positions = 1 if config.position == "shared" else variants
+    norm = 2 if config.local == "cvt" else 0
+    macs = variants * n * patch * dim
+    return Count("embedding", (convolutions * (patch + 1) + positions * n + norm) * dim, macs, macs)
+
+
+def _kv_dim(stage: StageConfig) -> int:
+    return 2 * stage.num_kv_heads * stage.embed_dim // stage.num_heads
+
+
+def _global_block(config: ModelConfig, stage: StageConfig, n: int) -> tuple[int, int, int]:
+    """Parameters, MACs and MACs run of a block over `n` tokens; its norms are counted with the stage."""
+    dim, kv_dim, hidden = stage.embed_dim, _kv_dim(stage), int(stage.embed_dim * config.mlp_ratio)
+    params = (dim + 1) * (2 * dim + kv_dim) + (dim + 1) * hidden + (hidden + 1) * dim
+    macs = n * dim * (2 * dim + kv_dim) + 2 * n * n * dim + 2 * n * dim * hidden
+    return params, macs, macs
+
+
+def _first_block(config: ModelConfig) -> tuple[int, int, int]:
+    """The same of the first block: the local one, or what an ablation has instead."""
+    stage, variants, side = config.stages[0], config.num_variants, config.grid_sizes[0]
+    dim, kv_dim, n = stage.embed_dim, _kv_dim(stage), side**2
+    params, macs, _ = _global_block(config, stage, n)
+    mlp = 2 * n * dim * int(dim * config.mlp_ratio)
+    if config.local == "shift":
+        macs = n * dim * (2 * dim + variants * kv_dim) + 2 * variants * n * dim + mlp
+        absorbed = n * 4 * dim * dim + 2 * variants * stage.num_heads * n * dim + mlp
+        return params, macs, absorbed
+    if config.local == "swin":
+        # As many keys as queries in each window of a grid that is padded to whole windows; two norms; a bias for each
+        # head and distance within a window.
+        window = min(side, SWIN_WINDOW)
+        padded = (math.ceil(side / window) * window) ** 2
+        params += 2 * (dim + 1) * dim - (dim + 1) * kv_dim + 4 * dim + (2 * window - 1) ** 2 * stage.num_heads
+        macs = padded * (4 * dim * dim + 2 * window**2 * dim) + mlp
+    if config.local == "cvt":
+        # Depthwise 3 x 3 convolutions with BatchNorm for queries, keys and values, the latter two of every other patch.
+        keys = math.ceil(side / 2) ** 2
+        params += 3 * (9 + 2) * dim
+        macs = 9 * (n + 2 * keys) * dim + dim * (2 * n * dim + keys * kv_dim) + 2 * n * keys * dim + mlp
+    return params, macs, macs
 
 
 def count(config: ModelConfig) -> Count:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from timm.models._features import feature_take_indices
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
+from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
-from lsag.config import ModelConfig, StageConfig
+from lsag.config import SWIN_WINDOW, ModelConfig, StageConfig
 from lsag.onednn import Linear, attention, linear, mlp
 
 # The release's value; the paper names none.
@@ -30,28 +31,43 @@ class ShiftEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.shifts = config.shifts
-        self.mode = config.shift_mode
+        self.mode = "reflect" if config.variants == "translation" else config.shift_mode
         self.padding = config.patch_padding
         side, stride, kernel = config.grid_sizes[0], config.patch_stride, config.patch_kernel
         self.canvas_size = (side - 1) * stride + kernel
         num_variants, dim = config.num_variants, config.stages[0].embed_dim
         # One grouped convolution is T separate ones: group s sees the channels of variant s alone.
-        self.conv = nn.Conv2d(
-            num_variants * config.in_channels, num_variants * dim, kernel, stride, groups=num_variants
-        )
-        self.pos = nn.Parameter(torch.zeros(side * side, num_variants, dim))
+        groups = 1 if config.variants == "translation" else num_variants
+        self.conv = nn.Conv2d(groups * config.in_channels, groups * dim, kernel, stride, groups=groups)
+        self.pos = nn.Parameter(torch.zeros(side * side, 1 if config.position == "shared" else num_variants, dim))
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if config.local == "cvt" else nn.Identity()
 
     def forward(self, canvas: Tensor, pos: Tensor) -> Tensor:
-        """Rows of the canvas (B, T * C, height, canvas), and the positions (n, T, D) of its tokens -> (B, n, T, D)."""
+        """Rows of the canvas (B, T * C, height, canvas), and the positions of its tokens -> (B, n, T, D).
+
+        Positions are (n, T, D), or (n, 1, D) for all variants.
+        """
+        num_variants = len(self.shifts)
         # Channels last, the result is already laid out as (B, n, T * D): nothing large is ever transposed.
-        x = self.conv(canvas.contiguous(memory_format=torch.channels_last))
-        return x.flatten(2).transpose(1, 2).unflatten(2, pos.shape[1:]) + pos
+        canvas = canvas.contiguous(memory_format=torch.channels_last)
+        x = F.conv2d(canvas, *self.kernels(), self.conv.stride, groups=num_variants)
+        return self.norm(x.flatten(2).transpose(1, 2).unflatten(2, (num_variants, -1))) + pos
+
+    def kernels(self) -> tuple[Tensor, Tensor]:
+        """Weights (T * D, C, kernel, kernel) and biases (T * D) of the variants, which may be T times the same."""
+        times, bias = len(self.shifts) // self.conv.groups, self.conv.bias
+        assert bias is not None
+        return (self.conv.weight, bias) if times == 1 else (self.conv.weight.repeat(times, 1, 1, 1), bias.repeat(times))
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """The unshifted variant alone, for a first block that looks at no other: (B, C, height, width) -> (B, N, D)."""
+        return self(self.canvas(images), self.pos)[:, :, 0]
 
     def chunk_size(self, num_bytes: int) -> tuple[int, int]:
         """How many images, and how many rows of tokens of each, have variants that take about `num_bytes` in fp32."""
-        num_tokens, num_variants, dim = self.pos.shape
+        num_tokens, _, dim = self.pos.shape
         side = math.isqrt(num_tokens)
-        row_bytes = side * num_variants * dim * 4
+        row_bytes = side * len(self.shifts) * dim * 4
         return max(1, num_bytes // (side * row_bytes)), min(side, max(1, num_bytes // row_bytes))
 
     def bands(self, canvas: Tensor, num_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -67,12 +83,17 @@ class ShiftEmbedding(nn.Module):
         return torch.cat([self.shift(images, px, py) for px, py in self.shifts], dim=1)
 
     def shift(self, images: Tensor, px: int, py: int) -> Tensor:
-        """Move the content px to the right and py down, circularly, and lay it on the zero-padded canvas of the conv.
+        """Move the content px to the right and py down, and lay it on the zero-padded canvas of the convolution.
 
-        (B, C, height, width) -> (B, C, canvas, canvas).
+        What moves in is what moved out, or the content beside the edge, mirrored. (B, C, height, width) ->
+        (B, C, canvas, canvas).
         """
         if self.mode == "roll":
             moved = images.roll((py, px), dims=(2, 3))
+        elif self.mode == "reflect":
+            height, width = images.shape[2:]
+            wider = F.pad(images, (max(px, 0), max(-px, 0), max(py, 0), max(-py, 0)), mode="reflect")
+            moved = wider[:, :, max(-py, 0) :, max(-px, 0) :][:, :, :height, :width]
         else:
             # Departure: the release grows the image instead of rolling it, so that with kernel 9 the last row and
             # column of tokens see what a rolled image would have lost.
@@ -131,10 +152,14 @@ class GlobalAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        kv_heads, group, tokens = self.num_kv_heads, self.num_heads // self.num_kv_heads, x.shape[1]
+        query, keys_values = self.q(x), self.kv(x).unflatten(2, (2, self.num_kv_heads, self.head_dim))
+        return self.attend(query, *keys_values.permute(2, 0, 3, 1, 4).unbind(0))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(B, N, D), and (B, K, M, d) twice -> (B, N, D)."""
+        kv_heads, group, tokens = self.num_kv_heads, self.num_heads // self.num_kv_heads, query.shape[1]
         # The G query heads of a key/value head stand one after the other on the token axis: nothing is repeated.
-        query = self.q(x).unflatten(2, (kv_heads, group, self.head_dim)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        key, value = self.kv(x).unflatten(2, (2, kv_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        query = query.unflatten(2, (kv_heads, group, self.head_dim)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         out = attention(query, key, value)
         return self.proj(out.unflatten(2, (group, tokens)).permute(0, 3, 1, 2, 4).flatten(2))
 
@@ -153,10 +178,43 @@ class MLP(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return mlp(x, self[0], self[2])
+        return mlp(x, self[0], self[2])  # type: ignore[arg-type]
 
 
-class Block(nn.Module):
+class ConvAttention(GlobalAttention):
+    """Table 6, II: CvT's attention. A depthwise convolution and BatchNorm before each projection; M = N / 4 keys."""
+
+    def __init__(self, stage: StageConfig, side: int) -> None:
+        super().__init__(stage)
+        self.side, dim = side, stage.embed_dim
+        self.convs = nn.ModuleList(
+            Conv2dNormActivation(dim, dim, 3, stride, groups=dim, activation_layer=None) for stride in (1, 2, 2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        maps = x.transpose(1, 2).unflatten(2, (self.side, self.side))
+        query, *keys_values = (conv(maps).flatten(2).transpose(1, 2) for conv in self.convs)
+        projected = (
+            linear(tokens, weight, bias).unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+            for tokens, weight, bias in zip(keys_values, self.kv.weight.chunk(2), self.kv.bias.chunk(2), strict=True)
+        )
+        return self.attend(self.q(query), *projected)
+
+
+class Recomputed(nn.Module):
+    """A module that may keep only its input for the backward."""
+
+    recompute = False
+
+    def remember(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`run` of the inputs; with `recompute` only these are kept for the backward, and it runs there once more."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(run, *inputs, use_reentrant=False)
+        return run(*inputs)
+
+
+class Block(Recomputed):
     """x + Attention(norm(x)), then x + MLP(norm(x)), each branch dropped for a whole image with some probability.
 
     Departure: the paper does not say so, but the release and its parameter counts share one pair of norms among all
@@ -169,7 +227,6 @@ class Block(nn.Module):
         self.attn = attn
         self.mlp = MLP(stage.embed_dim, hidden)
         self.drop_path = StochasticDepth(config.drop_path, mode="row")
-        self.recompute = False
 
     def forward(self, x: Tensor, norm1: nn.Module, norm2: nn.Module) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -178,12 +235,6 @@ class Block(nn.Module):
     def feed(self, x: Tensor, norm2: nn.Module) -> Tensor:
         """(B, N, D) -> (B, N, D): the second half of the block."""
         return x + self.drop_path(self.mlp(norm2(x)))
-
-    def remember(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """`run` of the inputs; with `recompute` only these are kept for the backward, and it runs there once more."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(run, *inputs, use_reentrant=False)
-        return run(*inputs)
 
 
 class LocalBlock(Block):
@@ -219,6 +270,39 @@ class LocalBlock(Block):
         return self.remember(lambda x: self.feed(x, norm2), x + self.drop_path(attended))
 
 
+class ConvBlock(Block):
+    """Table 6, II: a first block with CvT's attention."""
+
+    def __init__(self, config: ModelConfig, stage: StageConfig) -> None:
+        super().__init__(config, stage, ConvAttention(stage, config.grid_sizes[0]))
+
+    def forward(self, x: Tensor, norm1: nn.Module, norm2: nn.Module) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        # The attention never runs twice: BatchNorm would count its batch twice.
+        return self.remember(lambda x: self.feed(x, norm2), x + self.drop_path(self.attn(norm1(x))))
+
+
+class SwinBlock(Recomputed, SwinTransformerBlock):
+    """Table 6, I: timm's block of Swin as the first one, with windows that are not shifted. Its norms are its own."""
+
+    def __init__(self, config: ModelConfig, stage: StageConfig) -> None:
+        self.side = config.grid_sizes[0]
+        super().__init__(
+            stage.embed_dim,
+            (self.side, self.side),
+            stage.num_heads,
+            window_size=SWIN_WINDOW,
+            mlp_ratio=config.mlp_ratio,
+            drop_path=config.drop_path,
+        )
+        # Kept in files: the model that a file is read into is built without values.
+        self.attn.register_buffer("relative_position_index", self.attn.relative_position_index)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, norm1: nn.Module, norm2: nn.Module) -> Tensor:  # type: ignore[override]
+        """(B, N, D) -> (B, N, D); the stage's norms are not used."""
+        return self.remember(super().forward, x.unflatten(1, (self.side, self.side))).flatten(1, 2)
+
+
 class Downsample(nn.Module):
     """Section 3.2, pyramidal structure: 3 x 3 convolution to the next width, LayerNorm over channels, max-pool."""
 
@@ -236,7 +320,10 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """One level of the pyramid. The first begins with the local block; later ones with downsampling and positions."""
+    """One level of the pyramid. The first begins with the local block; later ones with downsampling and positions.
+
+    An ablation has another first block, which is given tokens as all the others are.
+    """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -247,7 +334,7 @@ class Stage(nn.Module):
         self.norm1 = nn.LayerNorm(stage.embed_dim, eps=NORM_EPS)
         self.norm2 = nn.LayerNorm(stage.embed_dim, eps=NORM_EPS)
         self.blocks = nn.ModuleList(
-            Block(config, stage, GlobalAttention(stage)) if index or depth else LocalBlock(config, stage)
+            Block(config, stage, GlobalAttention(stage)) if index or depth else _first_block(config, stage)
             for depth in range(stage.depth)
         )
 
@@ -255,6 +342,8 @@ class Stage(nn.Module):
         """(B, N, D) of the stage before, or for the first stage (B, C, height, width) -> (B, N', D')."""
         if embed is None:
             x = self.down(x) + self.pos
+        elif not isinstance(self.blocks[0], LocalBlock):
+            x = embed.tokens(x)
         for block in self.blocks:
             x = (
                 block(x, embed, self.norm1, self.norm2)
@@ -262,6 +351,12 @@ class Stage(nn.Module):
                 else block(x, self.norm1, self.norm2)
             )
         return x
+
+
+def _first_block(config: ModelConfig, stage: StageConfig) -> nn.Module:
+    if config.local == "none":
+        return Block(config, stage, GlobalAttention(stage))
+    return {"shift": LocalBlock, "swin": SwinBlock, "cvt": ConvBlock}[config.local](config, stage)
 
 
 class LSAG(nn.Module):
@@ -348,11 +443,12 @@ class LSAG(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True, *, local_only: bool = False) -> None:
         """Compute blocks once more in the backward instead of keeping what they computed; the gradients are the same.
 
-        `local_only` does so for the local block alone, whose T variants of every patch are the largest tensor.
+        `local_only` does so for the first block alone, whose T variants of every patch are the largest tensor.
         """
+        first = self.stages[0].blocks[0]  # type: ignore[index]
         for module in self.modules():
-            if isinstance(module, Block):
-                module.recompute = enable and (isinstance(module, LocalBlock) or not local_only)
+            if isinstance(module, Recomputed):
+                module.recompute = enable and (module is first or not local_only)
 
     def get_classifier(self) -> nn.Module:
         """The linear layer that gives the logits, or Identity when it was removed."""
@@ -373,8 +469,9 @@ class LSAG(nn.Module):
             self.config = self.config.model_copy(update={"num_classes": num_classes})
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the position embeddings, which are not decayed (timm's convention)."""
-        return {name for name, _ in self.named_parameters() if name.endswith("pos")}
+        """Names of the position embeddings, which are not decayed (timm's convention); Swin's table is one."""
+        positions = ("pos", "relative_position_bias_table")
+        return {name for name, _ in self.named_parameters() if name.endswith(positions)}
 
 
 def _init_weights(module: nn.Module) -> None:

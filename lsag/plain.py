@@ -16,13 +16,14 @@ from lsag.onednn import Linear
 
 class _PlainEmbedding(ShiftEmbedding):
     def forward(self, canvas: Tensor, pos: Tensor) -> Tensor:
-        """Rows of the canvas (B, T * C, height, canvas), and the positions (n, T, D) of its tokens -> (B, n, T, D)."""
-        weights = self.conv.weight.chunk(len(self.shifts)), self.conv.bias.chunk(len(self.shifts))  # type: ignore[union-attr]
+        """Rows of the canvas (B, T * C, height, canvas), and the positions of its tokens -> (B, n, T, D)."""
+        num_variants = len(self.shifts)
+        kernels = (tensor.chunk(num_variants) for tensor in self.kernels())
         variants = [
             F.conv2d(shifted, weight, bias, self.conv.stride).flatten(2).transpose(1, 2)
-            for shifted, weight, bias in zip(canvas.chunk(len(self.shifts), dim=1), *weights, strict=True)
+            for shifted, weight, bias in zip(canvas.chunk(num_variants, dim=1), *kernels, strict=True)
         ]
-        return torch.stack(variants, dim=2) + pos
+        return self.norm(torch.stack(variants, dim=2)) + pos
 
 
 def _attend(attention: Attention, x: Tensor, keys_from: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def plain(model: LSAG) -> LSAG:
-    """A copy of `model` that computes the same function in the released way."""
+    """A copy of `model` that computes the same function in the released way; blocks of Swin and CvT are as they are."""
     copied = copy.deepcopy(model)
     for module in copied.modules():
         module.__class__ = PLAIN.get(type(module), type(module))

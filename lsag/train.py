@@ -340,6 +340,7 @@ def train(
                 train_seconds = max(time.monotonic() - epoch_start, 1e-9)
 
                 # Evaluate, record, save
+                world.share_buffers(state.evaluated)
                 state.evaluated.eval()
                 metrics = evaluate(
                     classify,
@@ -443,7 +444,7 @@ def data_parallel(model: LSAG, on: torch.device, dtype: torch.dtype, *, slice_si
     After the first backward DDP cuts its buckets anew, and sums in another order from then on. Only when that is over
     before the first step does a continued training sum as the uninterrupted one did.
     """
-    config = model.config
+    config, buffers = model.config, [buffer.clone() for buffer in model.buffers()]
     with lost_peers():
         ddp = DistributedDataParallel(model, device_ids=[on.index] if on.type == "cuda" else None)
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # with one channel
@@ -452,6 +453,8 @@ def data_parallel(model: LSAG, on: torch.device, dtype: torch.dtype, *, slice_si
             with autocast(on, dtype):
                 logits = ddp(images)
             logits.float().sum().backward()
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
     return ddp
 
 

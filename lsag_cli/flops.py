@@ -29,7 +29,10 @@ def flops(
     shown = table("preset", *headings, title="per image, one forward pass")
     for item in presets:
         paper = item.paper
-        printed = (f"{paper.params_m} M" if paper else "-", f"{paper.gmacs} G" if paper and paper.gmacs else "-")
+        printed = (
+            f"{paper.params_m} M" if paper and paper.params_m else "-",
+            f"{paper.gmacs} G" if paper and paper.gmacs else "-",
+        )
         if by_stage:
             for stage in [*count_stages(item.model), count(item.model)]:
                 shown.add_row(item.name, stage.name, *cells(stage), end_section=stage.name == "total")

@@ -48,6 +48,19 @@ def small_config(**changes: object) -> ModelConfig:
     return ModelConfig(**(values | changes))  # type: ignore[arg-type]
 
 
+ONE_SHIFT = [[0, 0]]
+ABLATIONS: dict[str, dict[str, object]] = {
+    "a": {"shifts": ONE_SHIFT, "local": "none"},
+    "b": {"shifts": CIFAR_SHIFTS[:9]},
+    "c": {"shifts": CIFAR_SHIFTS, "variants": "translation", "position": "shared"},
+    "d": {"shifts": CIFAR_SHIFTS, "variants": "translation"},
+    "e": {"shifts": CIFAR_SHIFTS, "position": "shared"},
+    "i": {"shifts": ONE_SHIFT, "local": "swin"},
+    "ii": {"shifts": ONE_SHIFT, "local": "cvt"},
+}
+"""What `small_config` changes to be each ablation of the paper's Tables 5 and 6."""
+
+
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Fill every parameter with values large enough that no term of a formula can hide."""
     generator = torch.Generator().manual_seed(seed)

@@ -17,8 +17,12 @@ def variant_tokens(image: Tensor, weights: dict[str, Tensor], config: ModelConfi
     kernel, stride, padding, size = config.patch_kernel, config.patch_stride, config.patch_padding, config.image_size
     side = config.grid_sizes[0]
     num_variants, dim = config.num_variants, config.stages[0].embed_dim
-    conv = weights["embed.conv.weight"].view(num_variants, dim, config.in_channels, kernel, kernel)
-    bias = weights["embed.conv.bias"].view(num_variants, dim)
+    # A shared convolution and shared positions are there once.
+    conv = (
+        weights["embed.conv.weight"].view(-1, dim, config.in_channels, kernel, kernel).expand(num_variants, *[-1] * 4)
+    )
+    bias = weights["embed.conv.bias"].view(-1, dim).expand(num_variants, -1)
+    positions = weights["embed.pos"].expand(-1, num_variants, -1)
     tokens = torch.zeros(side * side, num_variants, dim)
     for s, (px, py) in enumerate(config.shifts):
         # "extend" grows the image on its left and top edge by px and py; "roll" keeps its size.
@@ -30,10 +34,16 @@ def variant_tokens(image: Tensor, weights: dict[str, Tensor], config: ModelConfi
                     for j in range(kernel):
                         y, x = row * stride - padding + i, column * stride - padding + j
                         if 0 <= y < height and 0 <= x < width:  # outside lies the convolution's zero padding
-                            patch[:, i, j] = image[:, (y - py) % size, (x - px) % size]
+                            inside = reflected if config.variants == "translation" else int.__mod__
+                            patch[:, i, j] = image[:, inside(y - py, size), inside(x - px, size)]
                 n = row * side + column
-                tokens[n, s] = (conv[s] * patch).sum(dim=(1, 2, 3)) + bias[s] + weights["embed.pos"][n, s]
+                tokens[n, s] = (conv[s] * patch).sum(dim=(1, 2, 3)) + bias[s] + positions[n, s]
     return tokens
+
+
+def reflected(index: int, size: int) -> int:
+    """Where an index outside of 0..size - 1 is in the mirror."""
+    return -index if index < 0 else min(index, 2 * (size - 1) - index)
 
 
 def local_attention(z: Tensor, weights: dict[str, Tensor], prefix: str, stage: StageConfig) -> Tensor:
@@ -91,7 +101,7 @@ def _image_logits(image: Tensor, weights: dict[str, Tensor], config: ModelConfig
             x = F.max_pool2d(maps, 3, 2, 1).flatten(2)[0].T + weights[f"{name}.pos"]
         for depth in range(stage.depth):
             block = f"{name}.blocks.{depth}"
-            if index == 0 and depth == 0:
+            if index == 0 and depth == 0 and config.local == "shift":
                 x = x + local_attention(norm(z, f"{name}.norm1"), weights, f"{block}.attn", stage)
             else:
                 x = x + global_attention(norm(x, f"{name}.norm1"), weights, f"{block}.attn", stage)

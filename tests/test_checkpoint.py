@@ -7,11 +7,11 @@ import zipfile
 import pytest
 import torch
 
-from lsag import LSAG, load_checkpoint
-from lsag.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
+from lsag import LSAG, load_checkpoint, load_preset
+from lsag.checkpoint import Checkpoint, initialise_from, random_checkpoint, save_checkpoint, save_safetensors
 from lsag.errors import InputError, OutputError
 from lsag.files import replacing
-from tests.conftest import images, randomise
+from tests.conftest import ABLATIONS, images, randomise, small_config
 
 
 @pytest.fixture
@@ -32,6 +32,37 @@ def test_a_checkpoint_comes_back_whole(saved, tiny_preset):
     assert (loaded.epoch, loaded.metrics) == (3, {"top1": 0.5})
     assert isinstance(loaded.model, LSAG) and not loaded.model.training
     assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_come_back_whole(tmp_path, name, ending):
+    """What BatchNorm has counted, too."""
+    preset = load_preset("cifar-nano").model_copy(update={"model": small_config(num_classes=10, **ABLATIONS[name])})
+    original, batch = random_checkpoint(preset), images(4, preset.model)
+    untrained = original.model(batch)
+    randomise(original.model).train()(batch)
+    {"pt": save_checkpoint, "safetensors": save_safetensors}[ending](tmp_path / f"a.{ending}", original)
+    loaded = load_checkpoint(tmp_path / f"a.{ending}")
+    assert loaded.preset == preset and not torch.equal(untrained, loaded.model(batch))
+    assert torch.equal(loaded.model(batch), original.model.eval()(batch))
+    counted = zip(loaded.model.buffers(), original.model.buffers(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in counted)
+    assert len(list(loaded.model.buffers())) == {"i": 1, "ii": 9}.get(name, 0)
+
+
+def test_shared_positions_are_resized(tmp_path):
+    small, large = (
+        load_preset("cifar-nano").model_copy(update={"model": small_config(image_size=size, **ABLATIONS["c"])})
+        for size in (12, 16)
+    )
+    source, model = random_checkpoint(small), LSAG(large.model)
+    with torch.no_grad():
+        source.model.embed.pos.copy_(torch.arange(8.0).expand(144, 1, 8))
+    save_checkpoint(tmp_path / "a.pt", source)
+    assert "embed.pos resized from 12 x 12 to 16 x 16 patches" in initialise_from(model, tmp_path / "a.pt")
+    torch.testing.assert_close(model.embed.pos.detach(), torch.arange(8.0).expand(256, 1, 8))
+    assert torch.equal(model.embed.conv.weight, source.model.embed.conv.weight)
 
 
 def test_checkpoints_are_plain_data_with_clean_names(saved):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsag import load_preset
+from lsag import ModelConfig, load_preset
 from lsag.config import DATASETS, Preset, parse_override, preset_paths
 from lsag.errors import LsagError, UsageError
 from tests.conftest import CIFAR_SHIFTS, IMAGENET_SHIFTS
@@ -149,6 +149,87 @@ def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_bytes(b"\xef\xbb\xbf" + preset_paths()["cifar-tiny"].read_bytes().replace(b"\n", b"\r\n"))
     assert load_preset(path).model == load_preset("cifar-tiny").model
+
+
+ABLATED = {
+    "a": {"shifts", "local"},
+    "b": {"shifts"},
+    "c": {"variants", "position"},
+    "d": {"variants"},
+    "e": {"position"},
+    "i": {"shifts", "local"},
+    "ii": {"shifts", "local"},
+    "full": set(),
+}
+
+
+@pytest.mark.parametrize("name", ABLATED)
+def test_ablations_differ_from_the_model_in_what_the_paper_says(name):
+    full, found = load_preset("cifar-tiny"), load_preset(f"cifar-tiny-{name}")
+    different = {key for key in ModelConfig.model_fields if getattr(full.model, key) != getattr(found.model, key)}
+    assert different == ABLATED[name] and found.name == f"cifar-tiny-{name}"
+    assert (found.data, found.augment, found.train) == (full.data, full.augment, full.train)
+    assert found.description != full.description and set(found.paper.top1) == {"cifar10"}
+    assert found.model.num_variants == {"a": 1, "b": 9, "i": 1, "ii": 1}.get(name, 18)
+    assert set(found.model.shifts) <= set(full.model.shifts)
+
+
+@pytest.mark.parametrize("name", ABLATED)
+def test_ablations_of_another_base(name, tmp_path):
+    nano, tiny = load_preset("cifar-nano"), load_preset(f"cifar-tiny-{name}")
+    found = load_preset(f"cifar-tiny-{name}", {"train.seed": 3}, base="cifar-nano")
+    assert (found.name, found.paper, found.train.seed) == (f"cifar-nano-{name}", None, 3)
+    changed = {"shifts", "variants", "position", "local"}
+    assert found.model.model_dump(include=changed) == tiny.model.model_dump(include=changed)
+    assert found.model.model_dump(exclude=changed) == nano.model.model_dump(exclude=changed)
+    assert (found.data, found.augment) == (nano.data, nano.augment)
+    (tmp_path / "mine.toml").write_text(preset_paths()["cifar-nano"].read_text())
+    assert load_preset(f"cifar-tiny-{name}", base=tmp_path / "mine.toml").name == f"mine-{name}"
+
+
+def test_files_extend_files(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/one.toml").write_text(
+        "extends = 'cifar-tiny'\nname = 'first'\n[train]\nepochs = 7\n[[model.stages]]\n"
+        "embed_dim = 8\ndepth = 1\nnum_heads = 2\n[paper]\nparams_m = 1.0"
+    )
+    (tmp_path / "two.json").write_text('{"extends": "deep/one.toml", "train": {"lr": 0.5}}')
+    tiny, found = load_preset("cifar-tiny"), load_preset(tmp_path / "two.json")
+    assert (found.name, found.description, found.paper) == ("two", "", None)
+    assert (found.train.epochs, found.train.lr, found.train.batch_size) == (7, 0.5, tiny.train.batch_size)
+    assert len(found.model.stages) == 1 and found.model.shifts == tiny.model.shifts
+    assert load_preset(tmp_path / "deep/one.toml").name == "first"
+
+
+@pytest.mark.parametrize(
+    ("extends", "words"),
+    [
+        ("'cifar-tini'", ["no preset or file 'cifar-tini'", "mine.toml extends", "did you mean 'cifar-tiny'"]),
+        ("'absent.toml'", ["no preset or file 'absent.toml'"]),
+        ("'mine.toml'", ["mine.toml extends mine.toml, which extends it in turn"]),
+        ("'other.toml'", ["extends mine.toml, which extends it in turn"]),
+        ("''", ["mine.toml"]),
+        ("'\\u0000'", ["mine.toml"]),
+        ("3", ["extends is 3"]),
+        ("['cifar-tiny']", ["extends is ['cifar-tiny']"]),
+    ],
+)
+def test_what_cannot_be_extended_is_refused(tmp_path, extends, words):
+    (tmp_path / "mine.toml").write_text(f"extends = {extends}".replace("'\\", '"\\').replace("0'", '0"'))
+    (tmp_path / "other.toml").write_text("extends = 'mine.toml'")
+    with pytest.raises(UsageError) as caught:
+        load_preset(tmp_path / "mine.toml")
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_base_needs_something_that_extends():
+    with pytest.raises(UsageError, match="extends no preset that cifar-nano could replace"):
+        load_preset("cifar-tiny", base="cifar-nano")
+    with pytest.raises(UsageError, match=r"no preset or file.*did you mean 'cifar-nano'"):
+        load_preset("cifar-tiny-a", base="cifar-nan")
+    with pytest.raises(UsageError, match="unknown key extends"):
+        load_preset("cifar-tiny", {"extends": "cifar-nano"})
 
 
 def test_unknown_presets_suggest_a_known_one():

@@ -11,7 +11,7 @@ from lsag.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
 from lsag.errors import UsageError
 from lsag.explain import explain
 from lsag.model import GlobalAttention, LocalAttention
-from tests.conftest import assert_refused, images, randomise, small_config
+from tests.conftest import ABLATIONS, assert_refused, images, randomise, small_config
 
 
 @pytest.fixture
@@ -87,6 +87,19 @@ def test_a_stage_of_the_local_block_alone_has_no_picture(picture):
     preset = load_preset("cifar-nano").model_copy(update={"model": small_config(stages=stages)})
     found = explain(random_checkpoint(preset), picture)
     assert found.stages[0] is None and found.stages[1] is not None
+
+
+@pytest.mark.parametrize("name", ["a", "i", "ii"])
+def test_a_model_without_local_attention_is_refused(picture, name):
+    preset = load_preset("cifar-nano").model_copy(update={"model": small_config(**ABLATIONS[name])})
+    with pytest.raises(UsageError, match=r"cifar-nano has no local attention .* model\.local is"):
+        explain(random_checkpoint(preset), picture)
+
+
+@pytest.mark.parametrize("name", ["c", "e"])
+def test_ablations_of_the_variants_are_explained(picture, name):
+    preset = load_preset("cifar-nano").model_copy(update={"model": small_config(**ABLATIONS[name])})
+    assert explain(random_checkpoint(preset), picture).local.shape == (2, 18, 12, 12)
 
 
 @pytest.mark.parametrize("name", ["cifar-nano", "digits-nano"])

@@ -13,7 +13,7 @@ from lsag.data import Normalize
 from lsag.errors import CheckError, UsageError
 from lsag.export import OPSETS, checked_batches, export_onnx, made_up_images
 from lsag.runtime import Session
-from tests.conftest import randomise, small_config
+from tests.conftest import ABLATIONS, randomise, small_config
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,15 @@ def test_other_shapes_export_too(tmp_path, changes):
     checkpoint = random_checkpoint(preset)
     randomise(checkpoint.model)
     assert export_onnx(checkpoint, tmp_path / "a.onnx").max_difference < 1e-4
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_export(tmp_path, name):
+    preset = load_preset("cifar-nano").model_copy(update={"model": small_config(**ABLATIONS[name])})
+    checkpoint = random_checkpoint(preset)
+    randomise(checkpoint.model)
+    done = export_onnx(checkpoint, tmp_path / "a.onnx", opset=20)
+    assert done.max_difference < 1e-4 and Session(done.path).preset == preset
 
 
 def test_a_graph_that_differs_is_not_published(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lsag import LSAG, load_preset
 from lsag.config import preset_paths
 from lsag.flops import count, count_stages
-from tests.conftest import ROOT, small_config
+from tests.conftest import ABLATIONS, ROOT, small_config
 
 COUNTED = {
     # parameters, and MACs of the plain formulation in G: counted by running the released networks
@@ -39,7 +39,31 @@ def test_counts_with_other_key_value_heads(name, kv_heads):
     assert (total.params, round(total.macs / 1e9, 3)) == OTHER_HEADS[name, kv_heads]
 
 
+TABLE_5 = {
+    # parameters, and in millions as the paper prints them; its figure for E is not explained
+    "a": (6_794_570, 6.8),
+    "b": (8_410_442, 8.4),
+    "c": (6_794_570, 6.8),
+    "d": (10_136_906, 10.1),
+    "e": (6_885_962, None),
+    "full": (10_228_298, 10.2),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_5)
+def test_ablations_have_the_parameters_of_table_5(name):
+    preset, (params, printed) = load_preset(f"cifar-tiny-{name}"), TABLE_5[name]
+    assert count(preset.model).params == params
+    assert printed is None or round(params / 1e6, 1) == preset.paper.params_m == printed
+
+
 CONFIGS = {name: load_preset(name).model for name in preset_paths()} | {"small": small_config()}
+CONFIGS |= {f"small {name}": small_config(**changes) for name, changes in ABLATIONS.items()}
+CONFIGS |= {
+    f"{name} on {size} x {size}": small_config(image_size=size, **ABLATIONS[name])
+    for name in ("i", "ii")
+    for size in (5, 16)
+}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

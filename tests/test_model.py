@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -6,7 +7,7 @@ from lsag import LSAG, ModelConfig, load_preset
 from lsag.config import preset_paths
 from lsag.plain import plain
 from tests import oracle
-from tests.conftest import CIFAR_SHIFTS, IMAGENET_SHIFTS, images, randomise, small_config
+from tests.conftest import ABLATIONS, CIFAR_SHIFTS, IMAGENET_SHIFTS, ONE_SHIFT, images, randomise, small_config
 
 STAGE = {"embed_dim": 8, "depth": 2, "num_heads": 2}
 CONFIGS = {
@@ -23,6 +24,9 @@ CONFIGS = {
         image_size=28, shifts=IMAGENET_SHIFTS, patch_kernel=9, patch_stride=7, patch_padding=1
     ),
     "no padding, overlapping patches": small_config(image_size=9, patch_padding=0, stages=[STAGE]),
+    "translated, shared positions": small_config(image_size=9, **ABLATIONS["c"]),
+    "translated, stride 2": small_config(patch_stride=2, variants="translation"),
+    "shared positions": small_config(image_size=8, **ABLATIONS["e"]),
 }
 
 
@@ -58,7 +62,7 @@ def test_chunks_and_the_released_formulation_give_the_same(config, chunk):
             torch.testing.assert_close(ours.grad / scale, theirs.grad / scale, rtol=0, atol=1e-4, msg=name)
 
 
-LARGE = ("cifar-small", "cifar-base")
+LARGE = ("cifar-small", "cifar-base", *(f"cifar-tiny-{name}" for name in [*ABLATIONS, "full"]))
 
 
 @pytest.mark.parametrize(
@@ -102,8 +106,9 @@ def test_a_row_of_a_batch_is_that_image_alone(config):
     torch.testing.assert_close(model(batch)[1:2], model(batch[1:2]), rtol=1e-5, atol=1e-5)
 
 
-def test_every_parameter_gets_a_gradient():
-    model = randomise(LSAG(small_config(drop_path=0.0)))
+@pytest.mark.parametrize("changes", [{}, *ABLATIONS.values()], ids=["full", *ABLATIONS])
+def test_every_parameter_gets_a_gradient(changes):
+    model = randomise(LSAG(small_config(drop_path=0.0, **changes)))
     model(images(3, model.config)).square().sum().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not without
@@ -183,6 +188,15 @@ def test_refuses_images_of_another_shape(shape):
         ({"image_size": True}, "valid integer"),
         ({"image_size": "12"}, "valid integer"),
         ({"depth": 3}, "Extra inputs"),
+        ({"variants": "translation", "shift_mode": "extend", "shifts": ONE_SHIFT}, r"set model\.shift_mode=roll"),
+        ({"variants": "rotation"}, "'convolution' or 'translation'"),
+        ({"position": "none"}, "'variant' or 'shared'"),
+        ({"local": "global"}, "'shift', 'none', 'swin' or 'cvt'"),
+        ({"local": "none"}, r"set model\.shifts=\[\[0,0\]\]"),
+        ({"local": "swin"}, r"set model\.shifts=\[\[0,0\]\]"),
+        ({"local": "cvt"}, r"set model\.shifts=\[\[0,0\]\]"),
+        ({"local": "swin", "shifts": ONE_SHIFT, "stages": [STAGE | {"depth": 1}]}, "a block beside it"),
+        ({"local": "cvt", "shifts": ONE_SHIFT, "patch_stride": 3}, "overlapping"),
     ],
 )
 def test_configurations_that_cannot_be_are_refused(change, message):
@@ -207,3 +221,101 @@ def test_every_preset_builds_and_runs(name):
             2,
             config.num_classes,
         )
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (2, 0), (0, 1), (-3, 0), (0, -2), (2, -1), (-1, 2)])
+def test_translation_reflects_what_moves_in(shift):
+    px, py = shift
+    embed = LSAG(small_config(variants="translation", patch_padding=0)).embed
+    batch = images(2, small_config())
+    wide = np.pad(batch.numpy(), ((0, 0), (0, 0), (5, 5), (5, 5)), mode="reflect")
+    expected = wide[:, :, 5 - py : 17 - py, 5 - px : 17 - px]
+    np.testing.assert_array_equal(embed.shift(batch, px, py).numpy(), expected)
+
+
+def test_a_shared_convolution_and_shared_positions_are_own_ones_that_are_equal():
+    shared = randomise(LSAG(small_config(shifts=CIFAR_SHIFTS, variants="translation", position="shared"))).embed
+    own = LSAG(small_config(shifts=CIFAR_SHIFTS)).embed
+    with torch.no_grad():
+        own.conv.weight.copy_(torch.cat([shared.conv.weight] * 18))
+        own.conv.bias.copy_(torch.cat([shared.conv.bias] * 18))
+        own.pos.copy_(torch.cat([shared.pos] * 18, dim=1))
+    assert shared.conv.weight.shape == (8, 3, 3, 3) and shared.pos.shape == (144, 1, 8)
+    canvas = shared.canvas(images(2, small_config()))
+    torch.testing.assert_close(shared(canvas, shared.pos), own(canvas, own.pos))
+
+
+def test_without_local_attention_the_first_block_is_a_global_one():
+    model = randomise(LSAG(small_config(**ABLATIONS["a"]))).eval()
+    batch = images(2, model.config)
+    torch.testing.assert_close(
+        model(batch), oracle.logits(batch, dict(model.state_dict()), model.config), rtol=1e-4, atol=1e-4
+    )
+    assert [name for name in model.state_dict() if name.startswith("stages.0.blocks.0")] == [
+        name.replace("blocks.1", "blocks.0") for name in model.state_dict() if name.startswith("stages.0.blocks.1")
+    ]
+
+
+@pytest.mark.parametrize("size", [6, 12, 16], ids=["one window", "padded to 16", "four windows"])
+def test_swins_block_looks_at_its_window_alone(size):
+    config = small_config(image_size=size, **ABLATIONS["i"])
+    model = randomise(LSAG(config)).eval()
+    block, window = model.stages[0].blocks[0], min(size, 8)
+    assert tuple(block.window_size) == (window, window) and not any(block.shift_size)
+    tokens = torch.randn(2, size**2, 8)
+    changed = tokens.clone()
+    changed[:, 0, 0] += 3
+    differs = (block(changed, None, None) - block(tokens, None, None)).abs().amax(dim=(0, 2)).view(size, size) > 1e-6
+    assert differs[:window, :window].all() and not differs[window:].any() and not differs[:, window:].any()
+
+
+def test_cvts_attention_has_a_quarter_of_the_keys():
+    config = small_config(image_size=9, **ABLATIONS["ii"])
+    model = randomise(LSAG(config)).eval()
+    attention, x = model.stages[0].blocks[0].attn, torch.randn(2, 81, 8)
+    with torch.no_grad():
+        for buffer in attention.buffers():
+            if buffer.is_floating_point():
+                buffer.uniform_(0.5, 1.5)
+    convolved = []
+    for conv, norm in attention.convs:
+        maps = torch.nn.functional.conv2d(
+            x.transpose(1, 2).view(2, 8, 9, 9), conv.weight, None, conv.stride, 1, groups=8
+        )
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        maps = (maps - norm.running_mean.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
+        convolved.append(maps.flatten(2).transpose(1, 2))
+    assert [tokens.shape[1] for tokens in convolved] == [81, 25, 25]
+    query, key, value = (
+        attention.q(convolved[0]),
+        attention.kv(convolved[1])[..., :4],
+        attention.kv(convolved[2])[..., 4:],
+    )
+    heads = [(query[..., head * 4 :][..., :4] @ key.transpose(1, 2) / 2).softmax(-1) @ value for head in range(2)]
+    torch.testing.assert_close(attention(x), attention.proj(torch.cat(heads, dim=2)), rtol=1e-4, atol=1e-4)
+    # The token embedding is normalised before its position is added.
+    tokens = model.embed.tokens(images(2, config)) - model.embed.pos[:, 0]
+    normal = (tokens - model.embed.norm.bias) / model.embed.norm.weight
+    torch.testing.assert_close(normal.mean(2), torch.zeros(2, 81), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_give_features_and_recompute_as_others_do(name):
+    """The same gradients, and BatchNorm counts each batch once."""
+    model = randomise(LSAG(small_config(drop_path=0.0, **ABLATIONS[name]))).train()
+    batch, before, results = images(3, model.config), {k: v.clone() for k, v in model.state_dict().items()}, []
+    for recompute, local_only in ((False, False), (True, True), (True, False)):
+        model.load_state_dict(before)
+        model.zero_grad()
+        model.set_grad_checkpointing(recompute, local_only=local_only)
+        assert model.stages[0].blocks[0].recompute is recompute
+        model(batch).square().sum().backward()
+        gradients = {f"{key}.grad": p.grad.clone() for key, p in model.named_parameters()}
+        results.append(gradients | {key: value.clone() for key, value in model.named_buffers()})
+    for other in results[1:]:
+        for key, value in results[0].items():
+            torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-4 * max(1, value.abs().max()), msg=key)
+    _, features = model.eval().forward_intermediates(batch)
+    assert [tuple(feature.shape) for feature in features] == [(3, 8, 12, 12), (3, 12, 6, 6), (3, 16, 3, 3)]
+    torch.testing.assert_close(plain(model)(batch), model(batch), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(batch)[1:2], model(batch[1:2]), rtol=1e-4, atol=1e-4)

@@ -4,7 +4,7 @@ import torch
 from lsag import LSAG, load_preset
 from lsag.config import TrainConfig
 from lsag.optim import lr_at, make_optimizer
-from tests.conftest import small_config
+from tests.conftest import ABLATIONS, small_config
 
 
 def test_learning_rate_of_the_recipe():
@@ -30,12 +30,13 @@ def test_without_warm_up_the_cosine_starts_at_once():
     assert lr_at(0, train=train, steps_per_epoch=10) == pytest.approx(5e-4)
 
 
-def test_only_matrices_and_kernels_are_decayed():
-    model = LSAG(small_config())
+@pytest.mark.parametrize("changes", [{}, *ABLATIONS.values()], ids=["full", *ABLATIONS])
+def test_only_matrices_and_kernels_are_decayed(changes):
+    model = LSAG(small_config(**changes))
     optimizer = make_optimizer(model, load_preset("cifar-tiny").train)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    assert decayed == {name for name, p in model.named_parameters() if p.dim() > 1 and not name.endswith("pos")}
+    assert decayed == {name for name, p in model.named_parameters() if p.dim() > 1 and "pos" not in name}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
     assert isinstance(optimizer, torch.optim.AdamW)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lsag import load_checkpoint, load_preset
+from lsag import LSAG, load_checkpoint, load_preset
 from lsag.errors import CheckError, InputError, OutputError, UnavailableError, UsageError, WorkerError
 from lsag.evaluate import evaluate_file
 from lsag.progress import Epoch, Started, Step
 from lsag.sources import open_split
-from lsag.train import make_mixup, train
+from lsag.train import data_parallel, make_mixup, train
+from tests.conftest import ABLATIONS, small_config
 
 
 def run(preset, out, **options):
@@ -203,3 +204,18 @@ def test_mixup_follows_the_preset():
     assert (mix.label_smoothing, mix.num_classes, mix.mode) == (0.1, 10, "batch")
     assert make_mixup(load_preset("cifar-tiny", {"augment.mixup": 0, "augment.cutmix": 0})) is None
     assert make_mixup(load_preset("cifar-tiny", {"augment.mixup_prob": 0})) is None
+
+
+def test_the_warm_up_of_ddp_is_not_counted_by_batch_norm():
+    """Else a continued run would not be the uninterrupted one."""
+    model = LSAG(small_config(**ABLATIONS["ii"])).train()
+    before = [buffer.clone() for buffer in model.buffers()]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        ddp = data_parallel(model, torch.device("cpu"), torch.float32, slice_size=2)
+        after = [buffer.clone() for buffer in model.buffers()]
+        ddp(torch.randn(2, 3, 12, 12))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(before, after, strict=True))
+    assert not all(torch.equal(ours, theirs) for ours, theirs in zip(before, model.buffers(), strict=True))
