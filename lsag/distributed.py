@@ -56,6 +56,13 @@ class World:
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """Give every rank the buffers of rank 0's model, such as running statistics: DDP does so before a step only."""
+        if self.size > 1:
+            with lost_peers():
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+
     def check_equal(self, what: str, value: object) -> None:
         """UsageError, on every rank, unless all ranks gave the same value."""
         if self.size == 1:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lsag.checkpoint import Checkpoint
 from lsag.data import Normalize, eval_transform
 from lsag.errors import UsageError
-from lsag.model import GlobalAttention, LocalAttention, LocalBlock
+from lsag.model import LSAG, GlobalAttention, LocalAttention, LocalBlock
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ def explain(checkpoint: Checkpoint, image: Image.Image, *, point: tuple[int, int
 
     `point` is (x, y) in pixels of what the model sees, by default the middle. UsageError if it lies outside.
     """
-    config, model = checkpoint.preset.model, checkpoint.model.cpu().eval()
+    model = checkpoint.model.cpu().eval()
+    if not isinstance(model, LSAG):
+        raise UsageError(f"{checkpoint.preset.name} is timm's: it chooses no shifts", "give a checkpoint of an LSAG")
+    config = model.config
     x, y = point or (config.image_size // 2, config.image_size // 2)
     if not (0 <= x < config.image_size and 0 <= y < config.image_size):
         raise UsageError(
