@@ -1,10 +1,7 @@
 """Contenders side by side: in one process, taking turns, warmed up; medians with their spread."""
 
-import ast
-import copy
 import itertools
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,14 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from lsag.checkpoint import load_checkpoint, random_checkpoint
-from lsag.config import ModelConfig, Preset, load_preset, parse_override
+from lsag.config import Preset, load_preset, parse_override
 from lsag.device import autocast, autocast_dtype, choose_device, peak_memory
-from lsag.errors import UsageError, first_line
-from lsag.flops import count
+from lsag.errors import UsageError
 from lsag.model import LSAG
+from lsag.networks import (
+    Recompute,
+    build_model,
+    count_macs,
+    count_model,
+    image_shape,
+    read_spec,
+    set_recompute,
+    split_settings,
+    timm_model,
+)
 from lsag.onednn import linear
 from lsag.plain import plain
 from lsag.runtime import Session
@@ -124,7 +130,7 @@ def bench(
     device: str = "auto",
     precision: str = "auto",
     compile: bool = False,
-    recompute: Literal["none", "local", "all"] = "none",
+    recompute: Recompute = "none",
     threads: int | None = None,
     keep_memory: bool = True,
     rounds: int = 10,
@@ -152,7 +158,7 @@ def bench(
             model.compile()
     for contender in contenders:
         if isinstance(contender.model, LSAG) and not contender.name.startswith("plain:"):
-            contender.model.set_grad_checkpointing(recompute != "none", local_only=recompute == "local")
+            set_recompute(contender.model, recompute)
     runs = [make_run(contender, mode, batch_size, on, dtype) for contender in contenders]
     singles = {
         contender.name: make_run(contender, mode, 1, on, dtype)
@@ -215,12 +221,12 @@ def open_contender(
         if mode == "training" or not own_precision:
             raise UsageError(f"{spec} can only be run, and in its own precision", "choose a preset or a checkpoint")
         graph = Session(rest if kind == "host" else spec, provider=on.type, threads=threads)
-        total = count(graph.preset.model)
+        total = count_model(graph.preset.model)
         return Contender(spec, image_shape(graph.preset.model), total.params, total.macs_run, graph)
     model: nn.Module
     shape: tuple[int, int, int]
     if kind == "timm":
-        model, shape = timm_model(rest)
+        model, shape = timm_contender(rest)
     else:
         name, *settings = split_settings(rest if kind in ("plain", "compiled") else spec)
         if name.endswith(".pt"):
@@ -233,7 +239,11 @@ def open_contender(
                 raise UsageError(f"{spec} has a setting twice", "give it once")
             checkpoint = random_checkpoint(load_preset(name, dict(pairs)))
         shape = image_shape(checkpoint.preset.model)
-        model = plain(checkpoint.model) if kind == "plain" else checkpoint.model
+        model = checkpoint.model
+        if kind == "plain":
+            if not isinstance(model, LSAG):
+                raise UsageError(f"{spec}: plain: is the released formulation of LSAG, not of timm's", "leave it away")
+            model = plain(model)
     params = sum(parameter.numel() for parameter in model.parameters())
     model, macs = model.train(mode == "training"), count_macs(model, shape)
     if kind == "compiled":
@@ -241,48 +251,15 @@ def open_contender(
     return Contender(spec, shape, params, macs, model.to(on), model)
 
 
-def split_settings(spec: str) -> list[str]:
-    """'a,b=[1,2],c=3' -> ['a', 'b=[1,2]', 'c=3']."""
-    return re.split(r",(?=[\w.]+=)", spec)
-
-
-def image_shape(config: ModelConfig) -> tuple[int, int, int]:
-    """(C, height, width) of a model's images."""
-    return config.in_channels, config.image_size, config.image_size
-
-
-def timm_model(spec: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """timm's model for `NAME[,key=value...]` with random weights, and the shape of its images."""
-    import timm
-
-    name, *settings = split_settings(spec)
-    if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name}*")[:3])
-        raise UsageError(f"timm has no model '{name}'", f"use one of: {near}" if near else "see timm.list_models()")
-    try:
-        options = {key: ast.literal_eval(value) for key, value in (setting.split("=") for setting in settings)}
-        if "pretrained" in options:
-            raise UsageError("contenders have random weights", "leave pretrained away")
-        model: Any = timm.create_model(name, **options)
-    except (ValueError, SyntaxError, TypeError, IndexError, AssertionError, RuntimeError) as error:
-        raise UsageError(f"timm:{spec}: {first_line(error)}", "write timm:NAME,key=value") from error
-    channels, height, width = model.pretrained_cfg["input_size"]
+def timm_contender(spec: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """timm's model for `NAME[,KEY=VALUE...]`, and the shape of its images."""
+    options, model = read_spec(spec)[1], timm_model(spec)
+    channels, height, width = model.pretrained_cfg["input_size"]  # type: ignore[index]
     size = options.get("img_size", (height, width))
     height, width = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
     if not isinstance(height, int) or not isinstance(width, int):
         raise UsageError(f"timm:{spec}: img_size is no size", "for example img_size=224")
     return model, (options.get("in_chans", channels), height, width)
-
-
-def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of matrix products and convolutions in a forward pass of one image, as torch counts them.
-
-    On the meta device, since fused attention on a CPU counts as nothing.
-    """
-    copied = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copied(torch.zeros(1, *shape, device="meta"))
-    return counter.get_total_flops() // 2
 
 
 def make_run(
@@ -362,13 +339,13 @@ def probe(
     slice_size: int,
     precision: str = "auto",
     compile: bool = False,
-    recompute: Literal["none", "local", "all"] = "none",
+    recompute: Recompute = "none",
     steps: int = 3,
 ) -> tuple[float, int]:
     """Seconds that one training step on made-up images takes, a slice at a time, and the peak memory in bytes."""
     on = choose_device(device)
-    model = LSAG(preset.model).to(on)
-    model.set_grad_checkpointing(recompute != "none", local_only=recompute == "local")
+    model = build_model(preset.model).to(on)
+    set_recompute(model, recompute)
     if compile:
         model.compile()
     contender = Contender(preset.name, image_shape(preset.model), 0, 0, model, model)

@@ -13,11 +13,13 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from lsag.config import Preset, validate_preset
+from lsag.config import ModelConfig, Preset, validate_preset
 from lsag.errors import CheckError, DamagedError, InputError, UsageError
 from lsag.files import write_checked, writing
 from lsag.model import LSAG
+from lsag.networks import build_model
 from lsag.sources import unnamed_classes
 
 FORMAT = 1
@@ -31,7 +33,7 @@ class Checkpoint:
     converted files have none.
     """
 
-    model: LSAG
+    model: nn.Module
     preset: Preset
     classes: tuple[str, ...]
     epoch: int = 0
@@ -42,30 +44,33 @@ class Checkpoint:
 def random_checkpoint(preset: Preset) -> Checkpoint:
     """An untrained model of `preset`, initialised from its seed."""
     torch.manual_seed(preset.train.seed)
-    return Checkpoint(LSAG(preset.model).eval(), preset, unnamed_classes(preset.model.num_classes))
+    return Checkpoint(build_model(preset.model).eval(), preset, unnamed_classes(preset.model.num_classes))
 
 
-def initialise_from(model: LSAG, path: str | Path, *, reset_head: bool = False) -> list[str]:
+def initialise_from(model: nn.Module, path: str | Path, *, num_classes: int, reset_head: bool = False) -> list[str]:
     """Give `model` the weights of a checkpoint, as the beginning of a fine-tuning; says what had to be changed.
 
-    Position embeddings are resized (bicubic) to the model's image size; with `reset_head` the classifier is left as it
-    was initialised. InputError if the rest does not fit, with both models named.
+    LSAG's position embeddings are resized (bicubic) to the model's image size; with `reset_head` the classifier is left
+    as it was initialised. InputError if the rest does not fit, with both models named.
     """
     found = load_checkpoint(path)
     weights, wanted, said = found.model.state_dict(), model.state_dict(), []
     if reset_head:
-        weights |= {key: value for key, value in wanted.items() if key.startswith("head.")}
-        said.append(f"a new head for {model.num_classes} classes")
-    elif found.model.num_classes != model.num_classes:
+        heads = "head" if isinstance(model, LSAG) else model.pretrained_cfg["classifier"]  # type: ignore[index]
+        prefixes = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
+        weights |= {key: value for key, value in wanted.items() if key.startswith(prefixes)}
+        said.append(f"a new head for {num_classes} classes")
+    elif found.preset.model.num_classes != num_classes:
         raise InputError(
-            f"{path}: {found.preset.name} has {found.model.num_classes} classes, asked for {model.num_classes}",
+            f"{path}: {found.preset.name} has {found.preset.model.num_classes} classes, asked for {num_classes}",
             "add --reset-head for a new classifier",
         )
-    sides = zip(found.model.config.grid_sizes, model.config.grid_sizes, strict=False)
-    for key, (old, new) in zip([key for key in wanted if key.endswith("pos")], sides, strict=False):
-        if old != new and key in weights:
-            weights[key] = _resized(weights[key], old, new)
-            said.append(f"{key} resized from {old} x {old} to {new} x {new} patches")
+    if isinstance(model, LSAG) and isinstance(found.model, LSAG):
+        sides = zip(found.model.config.grid_sizes, model.config.grid_sizes, strict=False)
+        for key, (old, new) in zip([key for key in wanted if key.endswith("pos")], sides, strict=False):
+            if old != new and key in weights:
+                weights[key] = _resized(weights[key], old, new)
+                said.append(f"{key} resized from {old} x {old} to {new} x {new} patches")
     try:
         _check_weights(weights, wanted)
     except ValueError as error:
@@ -103,7 +108,10 @@ def save_safetensors(path: str | Path, checkpoint: Checkpoint) -> None:
 
     The metadata entry `lsag` is JSON, with a digest of the weights: the format itself has no checksum.
     """
-    weights = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items()}
+    weights = {  # each in memory of its own, which tensors of timm's may share
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in checkpoint.model.state_dict().items()
+    }
     described = {**_description(checkpoint), "weights_sha256": weights_digest(weights)}
     with writing(Path(path)):
         write_checked(Path(path), safetensors.torch.save(weights, {"lsag": json.dumps(described)}))
@@ -153,10 +161,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         if len(classes) != preset.model.num_classes:
             raise ValueError(f"{len(classes)} class names for {preset.model.num_classes} classes")
         with torch.device("meta"):
-            model = LSAG(preset.model)
+            model = build_model(preset.model)
         _check_weights(weights, model.state_dict())
-        model.load_state_dict(weights, assign=True)
-        model.requires_grad_(True)
+        if isinstance(preset.model, ModelConfig):
+            model.load_state_dict(weights, assign=True)
+            model.requires_grad_(True)
+        else:  # timm's have buffers that are in no file
+            model = build_model(preset.model)
+            model.load_state_dict(weights)
     except Exception as error:  # contents of any type may stand where ours are expected
         reason = error.what if isinstance(error, UsageError) else error
         raise DamagedError(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, ValidationError, model_validator
 
 from lsag.errors import LsagError, UsageError
 
@@ -144,6 +144,22 @@ class ModelConfig(_Frozen):
         return tuple(sides)
 
 
+class TimmConfig(_Frozen):
+    """A classifier of timm in the network's place: a baseline under the same recipe."""
+
+    timm: Annotated[str, Field(min_length=1, max_length=500)]
+    """NAME[,KEY=VALUE...], with arguments of timm's model."""
+    image_size: Size
+    in_channels: Literal[1, 3] = 3
+    num_classes: Positive
+    drop_path: BelowOne = 0.1
+
+
+def _network(model: Any) -> str:
+    """The tag of a model section: of timm's if it names one."""
+    return "timm" if isinstance(model, TimmConfig) or (isinstance(model, dict) and "timm" in model) else "lsag"
+
+
 class DataConfig(_Frozen):
     """The dataset, and how an image becomes the model's input."""
 
@@ -229,7 +245,7 @@ class Preset(_Frozen):
 
     name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]+$")]
     description: str = ""
-    model: ModelConfig
+    model: Annotated[Annotated[ModelConfig, Tag("lsag")] | Annotated[TimmConfig, Tag("timm")], Discriminator(_network)]
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig
@@ -305,13 +321,15 @@ def load_preset(
     *,
     dataset: str | None = None,
     base: str | Path | None = None,
+    timm: str | None = None,
 ) -> Preset:
     """Load a preset by name, or from a TOML or JSON file.
 
     A file with `extends = "NAME"` (a preset's name, or a file relative to it) says only what it changes. `base` takes
     the place of NAME, also in the preset's own name: cifar-tiny-a with the base cifar-nano is cifar-nano-a. `dataset`
-    puts the preset on another dataset (with its classes and pixel statistics); then `overrides` with dotted keys, such
-    as {"train.epochs": 10}, are applied. Raises UsageError (a ValueError) that names every field at fault.
+    puts the preset on another dataset (with its classes and pixel statistics), `timm` another network in the place of
+    its own (see TimmConfig); then `overrides` with dotted keys, such as {"train.epochs": 10}, are applied. Raises
+    UsageError (a ValueError) that names every field at fault.
     """
     path, values = _read(name_or_path)
     values.setdefault("name", path.stem)
@@ -328,6 +346,8 @@ def load_preset(
     values = _extended(values, path)
     if dataset is not None:
         _set_dataset(values, dataset)
+    if timm is not None:
+        _set_timm(values, timm)
     for key, value in (overrides or {}).items():
         _set_by_path(values, key, value)
     return validate_preset(values, origin=f"preset {path.stem}")
@@ -421,6 +441,17 @@ def _set_dataset(values: dict[str, Any], dataset: str) -> None:
         model |= {"num_classes": known.num_classes, "in_channels": len(known.mean)}
 
 
+def _set_timm(values: dict[str, Any], spec: str) -> None:
+    """Put timm's network in the place of the preset's, with its image size, channels, classes and drop-path."""
+    model = values.get("model")
+    if not isinstance(model, dict) or model.get("timm") == spec:
+        return
+    values["model"] = {key: model[key] for key in TimmConfig.model_fields if key in model} | {"timm": spec}
+    name = spec.partition(",")[0]
+    values |= {"name": f"{values['name']}-{name}", "description": f"timm's {name} under the recipe of {values['name']}"}
+    values.pop("paper", None)
+
+
 def _set_by_path(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     node: Any = values
@@ -433,10 +464,13 @@ def _set_by_path(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    loc = problem["loc"]
+    if loc[:1] == ("model",):
+        loc = loc[:1] + loc[2:]  # after it comes the tag of the network
+    where = ".".join(str(part) for part in loc)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        last = str(problem["loc"][-1])
+        last = str(loc[-1])
         near = did_you_mean(last, _fields_at(problem["loc"][:-1]))
         if not near:
             elsewhere = [f"{section}.{last}" for section, model in _SECTIONS.items() if last in model.model_fields]
@@ -461,7 +495,9 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 
 def _fields_at(loc: tuple[Any, ...]) -> list[str]:
     names = [part for part in loc if isinstance(part, str)]
-    section = _SECTIONS["model.stages.0" if "stages" in names else names[-1]] if names else Preset
+    if loc[:2] == ("model", "timm"):
+        return list(TimmConfig.model_fields)
+    section = _SECTIONS["model.stages.0" if "stages" in names else names[0]] if names else Preset
     return list(section.model_fields)
 
 

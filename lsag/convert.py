@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lsag.checkpoint import Checkpoint, save_checkpoint
 from lsag.config import ModelConfig, Preset
-from lsag.errors import InputError
+from lsag.errors import InputError, UsageError
 from lsag.model import LSAG
 from lsag.sources import unnamed_classes
 
@@ -60,6 +60,8 @@ def convert_file(file: str | Path, preset: Preset, out: str | Path) -> None:
 
     The release does not name its classes. InputError if the weights do not fit.
     """
+    if not isinstance(preset.model, ModelConfig):
+        raise UsageError(f"{preset.name} is timm's, the release has LSAG alone", "choose a preset of lsag presets")
     model = from_released(read_released(file), preset.model)
     converted = preset.model_copy(update={"model": model.config})
     save_checkpoint(out, Checkpoint(model, converted, unnamed_classes(preset.model.num_classes)))

@@ -56,11 +56,11 @@ class World:
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
-    def share_buffers(self, module: torch.nn.Module) -> None:
-        """Give every rank rank 0's buffers: the means and variances of BatchNorm, which each rank counts for itself."""
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """Give every rank the buffers of rank 0's model, such as running statistics: DDP does so before a step only."""
         if self.size > 1:
             with lost_peers():
-                for buffer in module.buffers():
+                for buffer in model.buffers():
                     dist.broadcast(buffer, 0)
 
     def check_equal(self, what: str, value: object) -> None:

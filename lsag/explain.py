@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lsag.checkpoint import Checkpoint
 from lsag.data import Normalize, eval_transform
 from lsag.errors import UsageError
-from lsag.model import GlobalAttention, LocalAttention, LocalBlock
+from lsag.model import LSAG, GlobalAttention, LocalAttention, LocalBlock
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,11 @@ def explain(checkpoint: Checkpoint, image: Image.Image, *, point: tuple[int, int
 
     `point` is (x, y) in pixels of what the model sees, by default the middle. UsageError if it lies outside.
     """
-    config, model = checkpoint.preset.model, checkpoint.model.cpu().eval()
-    if config.local != "shift":
-        raise UsageError(
-            f"{checkpoint.preset.name} has no local attention to explain (model.local is {config.local})",
-            "explain a model whose model.local is shift",
-        )
+    model = checkpoint.model.cpu().eval()
+    if not isinstance(model, LSAG) or model.config.local != "shift":
+        what = f"model.local is {model.config.local}" if isinstance(model, LSAG) else "it is timm's"
+        raise UsageError(f"{checkpoint.preset.name} chooses no shifts ({what})", "explain an LSAG with local attention")
+    config = model.config
     x, y = point or (config.image_size // 2, config.image_size // 2)
     if not (0 <= x < config.image_size and 0 <= y < config.image_size):
         raise UsageError(

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lsag.checkpoint import Checkpoint, weights_digest
+from lsag.config import ModelConfig
 from lsag.data import Normalize
-from lsag.errors import CheckError, UsageError
+from lsag.errors import CheckError, UsageError, first_line
 from lsag.files import replacing
 from lsag.runtime import FORMAT, METADATA_KEY, Session, graph_digest
 
@@ -22,7 +23,9 @@ OPSETS = {20: "1.18", 23: "1.23"}
 """Opsets that can be asked for, with the oldest onnxruntime that reads them on a CPU."""
 CHECKED_BATCHES = (1, 2, 5, 64)
 CHECKED_BYTES = 2**30
-"""The largest batch is cut so that the variants of its patches take no more than this: a graph has them all at once."""
+"""The largest batch is cut so that its largest tensor takes about as much: a graph has all variants of all patches."""
+TIMM_CHANNELS = 64
+"""Of timm's networks the largest tensor is not known; few have more channels at the resolution of the image."""
 TOLERANCE = 1e-4
 """Largest difference of a logit between onnxruntime and PyTorch, both on the CPU in fp32."""
 
@@ -83,7 +86,8 @@ def export_onnx(
     Input `images`: uint8 (batch, image_size, image_size, channels), resized and cropped, or with `raw_input` normalised
     float32 (batch, channels, image_size, image_size). Output `logits`: float32 (batch, num_classes). The batch is
     dynamic, or `batch` images. With `half` the graph computes in fp16. UsageError for another opset. CheckError, and no
-    file, if onnxruntime's logits differ from PyTorch's by more than 1e-4, or are not finite in fp16.
+    file, if torch cannot export the network, or if onnxruntime's logits differ from PyTorch's by more than 1e-4, or are
+    not finite in fp16.
     """
     if opset not in OPSETS:
         raise UsageError(f"opset {opset} is not supported", f"use one of: {', '.join(map(str, OPSETS))}")
@@ -93,19 +97,26 @@ def export_onnx(
     inputs = {count: to_input(pixels, checkpoint, raw_input=raw_input) for count, pixels in images.items()}
     example = inputs[batch] if batch else to_input(made_up_images(2, checkpoint), checkpoint, raw_input=raw_input)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model,
-            (example,),
-            opset_version=opset,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=None if batch else {"images": {0: torch.export.Dim("batch")}},
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model,
+                (example,),
+                opset_version=opset,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=None if batch else {"images": {0: torch.export.Dim("batch")}},
+            )
+    except torch.onnx.OnnxExporterError as error:  # with some of timm's classifiers
+        reason = first_line(error.__cause__ or error)[:150]
+        raise CheckError(
+            f"torch cannot make a graph of {checkpoint.preset.name}: {reason}; {path} was not written",
+            "try --batch, or run the checkpoint itself",
+        ) from error
     assert program is not None, "the dynamo exporter returns a program"
     graph = program.model_proto
     found = next(entry.version for entry in graph.opset_import if entry.domain == "")
@@ -137,8 +148,11 @@ def export_onnx(
 def checked_batches(checkpoint: Checkpoint) -> tuple[int, ...]:
     """The batches that a graph of any batch is compared at."""
     config = checkpoint.preset.model
-    variants = 4 * config.num_variants * config.grid_sizes[0] ** 2 * config.stages[0].embed_dim
-    return tuple(dict.fromkeys(min(count, max(1, CHECKED_BYTES // variants)) for count in CHECKED_BATCHES))
+    if isinstance(config, ModelConfig):
+        largest = 4 * config.num_variants * config.grid_sizes[0] ** 2 * config.stages[0].embed_dim
+    else:
+        largest = 4 * TIMM_CHANNELS * config.image_size**2
+    return tuple(dict.fromkeys(min(count, max(1, CHECKED_BYTES // largest)) for count in CHECKED_BATCHES))
 
 
 def made_up_images(count: int, checkpoint: Checkpoint) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lsag.checkpoint import Checkpoint
 from lsag.config import validate_preset
 from lsag.data import Normalize
-from lsag.model import LSAG
+from lsag.networks import build_model
 
 
 class Classifier(
@@ -19,7 +19,7 @@ class Classifier(
     tags=["image-classification", "lsag"],
     pipeline_tag="image-classification",
 ):
-    """An LSAG with its preprocessing and class names: `from_pretrained`, `save_pretrained` and `push_to_hub`.
+    """A model with its preprocessing and class names: `from_pretrained`, `save_pretrained` and `push_to_hub`.
 
     Calls take uint8 images (B, C, image_size, image_size), resized and cropped by `lsag.data.eval_transform(preset)`,
     and give logits (B, num_classes).
@@ -28,7 +28,7 @@ class Classifier(
     def __init__(self, preset: dict[str, Any], classes: Sequence[str]) -> None:
         super().__init__()
         self.preset, self.classes = validate_preset(preset, origin="the preset in config.json"), tuple(classes)
-        self.model = LSAG(self.preset.model)
+        self.model = build_model(self.preset.model)
         self.normalize = Normalize(self.preset.data)
 
     @classmethod

@@ -1,12 +1,14 @@
 """The optimiser and its learning rate (paper, section 3.3)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from timm.optim import param_groups_weight_decay
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lsag.config import TrainConfig
-from lsag.model import LSAG
 
 
 def lr_at(step: int, *, train: TrainConfig, steps_per_epoch: int) -> float:
@@ -22,7 +24,22 @@ def lr_at(step: int, *, train: TrainConfig, steps_per_epoch: int) -> float:
     return scale * (train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def make_optimizer(model: LSAG, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; biases, norms and position embeddings are not decayed (DeiT's practice)."""
-    groups = param_groups_weight_decay(model, train.weight_decay, no_weight_decay_list=model.no_weight_decay())
+def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; biases, norms and what the model names, as position embeddings, are not decayed (DeiT's practice)."""
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
+    groups = param_groups_weight_decay(model, train.weight_decay, no_weight_decay_list=spared)
     return torch.optim.AdamW(groups, lr=train.lr, fused=True)
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average of weights and of running statistics; integers are those of the model (timm's)."""
+    average = get_ema_multi_avg_fn(decay)
+
+    def update(averages: Sequence[torch.Tensor], values: Sequence[torch.Tensor], updates: int | torch.Tensor) -> None:
+        if averages[0].is_floating_point():
+            average(averages, values, updates)
+        else:
+            for old, new in zip(averages, values, strict=True):
+                old.copy_(new)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

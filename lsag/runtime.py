@@ -24,15 +24,21 @@ METADATA_KEY = "lsag"
 FORMAT = 1
 # fmt: off
 OPERATORS = frozenset({
-    "Add", "Attention", "Cast", "Concat", "Constant", "Conv", "Div", "Expand", "Gather", "Gelu", "Gemm", "Identity",
-    "LayerNormalization", "MatMul", "MaxPool", "Mul", "Pad", "ReduceMean", "Reshape", "Shape", "Slice", "Softmax",
-    "Split", "Sqrt", "Squeeze", "Transpose", "Unsqueeze",
+    "Add", "Attention", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "Conv", "Div",
+    "Expand", "Gather", "GatherND", "Gelu", "Gemm", "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity",
+    "LayerNormalization", "MatMul", "MaxPool", "Mul", "Pad", "Range", "ReduceL2", "ReduceMean", "Relu", "Reshape",
+    "Resize", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze",
 })
 # fmt: on
-"""Those that exported graphs are made of; a graph with any other was not made by lsag export."""
+"""Those that exported graphs are made of, ours and timm's; a graph with any other was not made by lsag export."""
 
 
-WORK = frozenset({"Attention", "Conv", "Gelu", "Gemm", "LayerNormalization", "MatMul", "MaxPool", "Softmax"})
+# fmt: off
+WORK = frozenset({
+    "Attention", "AveragePool", "BatchNormalization", "Conv", "Gelu", "Gemm", "GlobalAveragePool", "LayerNormalization",
+    "MatMul", "MaxPool", "Relu", "Resize", "Softmax",
+})
+# fmt: on
 """Operators that take time; the others arrange data and shapes."""
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lsag.checkpoint import Checkpoint
 from lsag.config import Preset, changed_keys
 from lsag.errors import InputError, UsageError
-from lsag.model import LSAG
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Position:
 class State:
     """What changes in a training, and what it is a training of."""
 
-    model: LSAG
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None
@@ -52,9 +52,9 @@ class State:
     position: Position
 
     @property
-    def evaluated(self) -> LSAG:
+    def evaluated(self) -> nn.Module:
         """The model whose accuracy counts: the moving average where there is one."""
-        return self.ema.module if self.ema else self.model  # type: ignore[return-value]
+        return self.ema.module if self.ema else self.model
 
     def checkpoint(self) -> Checkpoint:
         """All of it, as it is now. No generator's state: what is random depends on the position alone."""

@@ -11,26 +11,26 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from lsag.config import ModelConfig, load_preset, preset_paths
 from lsag.errors import UsageError
 from lsag.model import LSAG
+from lsag.networks import ARGUMENTS
 
 PRESETS = {f"lsag_{name.replace('-', '_')}": name for name in preset_paths()}
-ARGUMENTS = {
-    "num_classes": "num_classes",
-    "in_chans": "in_channels",
-    "img_size": "image_size",
-    "drop_path_rate": "drop_path",
-}
-"""timm's names for fields of the model's configuration."""
 WITHOUT_EFFECT = {"drop_rate": 0.0, "global_pool": "avg"}
 """Arguments that timm's scripts always give, with the only value that they may have."""
 
 
+def _model(name: str) -> ModelConfig:
+    model = load_preset(name).model
+    assert isinstance(model, ModelConfig), "the presets of the package are LSAG's"
+    return model
+
+
 def _config(name: str) -> dict[str, Any]:
-    preset = load_preset(name)
-    size, data = preset.model.image_size, preset.data
+    model, data = _model(name), load_preset(name).data
+    size = model.image_size
     return {
-        "input_size": (preset.model.in_channels, size, size),
-        "num_classes": preset.model.num_classes,
-        "pool_size": (preset.model.grid_sizes[-1],) * 2,
+        "input_size": (model.in_channels, size, size),
+        "num_classes": model.num_classes,
+        "pool_size": (model.grid_sizes[-1],) * 2,
         "crop_pct": size / (data.eval_resize or size),
         "interpolation": data.interpolation,
         "fixed_input_size": True,
@@ -60,7 +60,7 @@ def _build(variant: str, **arguments: Any) -> LSAG:
     headless = changes.get("num_classes") == 0
     if headless:
         del changes["num_classes"]
-    config = ModelConfig(**{**load_preset(PRESETS[variant]).model.model_dump(), **changes})
+    config = ModelConfig(**{**_model(PRESETS[variant]).model_dump(), **changes})
     model = LSAG(config)
     model.feature_info = [  # type: ignore[assignment]
         {"num_chs": stage.embed_dim, "reduction": config.patch_stride * 2**index, "module": f"stages.{index}"}
@@ -78,7 +78,7 @@ def _register(variant: str) -> None:
             variant,
             pretrained,
             feature_cfg={
-                "out_indices": tuple(range(len(load_preset(PRESETS[variant]).model.stages))),
+                "out_indices": tuple(range(len(_model(PRESETS[variant]).stages))),
                 "feature_cls": "getter",
             },
             **arguments,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lsag.checkpoint import initialise_from, load_checkpoint, save_checkpoint
 from lsag.config import Preset
@@ -29,8 +28,8 @@ from lsag.errors import CheckError, InputError, LsagError, OutputError, UsageErr
 from lsag.evaluate import classifier, evaluate
 from lsag.failpoints import failpoint
 from lsag.files import replacing
-from lsag.model import LSAG
-from lsag.optim import lr_at, make_optimizer
+from lsag.networks import Recompute, build_model, check_training, image_shape, set_recompute
+from lsag.optim import lr_at, make_optimizer, moving_average
 from lsag.plots import draw_curves
 from lsag.progress import Epoch, Finished, Progress, Started, Step
 from lsag.run_folder import BEST, CURVES, PRESET, RunFolder, check_run_folder, step_files
@@ -46,8 +45,6 @@ EVAL_BATCH = 128
 """Images that a rank evaluates at a time; it does not depend on the number of ranks, so that they all give the same."""
 MAX_SKIPPED = 10
 """Steps in a row whose loss or gradient may be not finite; they are skipped."""
-
-Recompute = Literal["none", "local", "all"]
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +97,7 @@ def train(
         out = Path(world.of_rank_0(str(out)))
         if leads:
             check_run_folder(out, resume=resume)
+        check_training(preset.model, slice_size=preset.slice_size(world.size * accum), recompute=recompute)
 
         preset, train_source, eval_source = open_data(preset, data_dir, world, download=download)
         dataset = f"{train_source.fingerprint()} {eval_source.fingerprint()}"
@@ -128,17 +126,16 @@ def train(
 
         # Model
         torch.manual_seed(random_key(recipe.seed, "init"))
-        model = LSAG(preset.model).to(on)
+        model = build_model(preset.model).to(on)
         if init_from is not None and checkpoint is None:
-            notes += [f"weights from {init_from}", *initialise_from(model, init_from, reset_head=reset_head)]
+            said = initialise_from(model, init_from, num_classes=len(classes), reset_head=reset_head)
+            notes += [f"weights from {init_from}", *said]
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        model.set_grad_checkpointing(recompute != "none", local_only=recompute == "local")
+        set_recompute(model, recompute)
         optimizer = make_optimizer(model, recipe)
         dtype = autocast_dtype(on, precision)
         scaler = torch.amp.GradScaler(on.type, enabled=dtype is torch.float16)
-        ema = None
-        if recipe.ema_decay:
-            ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        ema = moving_average(model, recipe.ema_decay) if recipe.ema_decay else None
         position = Position()
         ways = {"slices": world.size * accum, "ranks": world.size, "precision": str(dtype).removeprefix("torch.")}
         state = State(model, optimizer, scaler, ema, preset, classes, dataset, ways, position)
@@ -149,7 +146,7 @@ def train(
             model.compile()
         ddp = None
         if not alone:
-            ddp = data_parallel(model, on, dtype, slice_size=order.slice_size)
+            ddp = data_parallel(model, on, dtype, shape=(order.slice_size, *image_shape(preset.model)))
             optimizer.zero_grad()
         net: nn.Module = ddp or model
         if checkpoint is not None:
@@ -255,7 +252,7 @@ def train(
                     lr = lr_at(position.step, train=recipe, steps_per_epoch=steps_per_epoch)
                     for group in optimizer.param_groups:
                         group["lr"] = lr
-                    total = torch.zeros((), device=on)
+                    total, put_back = torch.zeros((), device=on), remember_buffers(model)
                     for index in order.slices:
                         waiting = time.monotonic()
                         failpoint("fetch")
@@ -295,6 +292,7 @@ def train(
                     if broken:
                         position.skipped += 1
                         position.skipped_in_a_row += 1
+                        put_back()
                     else:
                         scaler.step(optimizer)
                         if ema:
@@ -438,24 +436,35 @@ def open_data(preset: Preset, data_dir: Path, world: World, *, download: bool) -
     return preset, train_source, eval_source
 
 
-def data_parallel(model: LSAG, on: torch.device, dtype: torch.dtype, *, slice_size: int) -> DistributedDataParallel:
+def data_parallel(
+    model: nn.Module, on: torch.device, dtype: torch.dtype, *, shape: tuple[int, int, int, int]
+) -> DistributedDataParallel:
     """The model in DDP, which then sums gradients in the same order in each step; it leaves gradients to be zeroed.
 
     After the first backward DDP cuts its buckets anew, and sums in another order from then on. Only when that is over
     before the first step does a continued training sum as the uninterrupted one did.
     """
-    config, buffers = model.config, [buffer.clone() for buffer in model.buffers()]
+    put_back = remember_buffers(model)
     with lost_peers():
         ddp = DistributedDataParallel(model, device_ids=[on.index] if on.type == "cuda" else None)
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # with one channel
         for _ in range(2):
-            images = torch.zeros(slice_size, config.in_channels, config.image_size, config.image_size, device=on)
             with autocast(on, dtype):
-                logits = ddp(images)
+                logits = ddp(torch.zeros(shape, device=on))
             logits.float().sum().backward()
-    for buffer, before in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(before)
+    put_back()
     return ddp
+
+
+def remember_buffers(model: nn.Module) -> Callable[[], None]:
+    """A function that gives the buffers, such as running statistics, their values of now back."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def put_back() -> None:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+    return put_back
 
 
 def make_mixup(preset: Preset) -> Mixup | None:

@@ -4,9 +4,10 @@ from typing import Annotated
 
 import typer
 
-from lsag.config import DATASETS, Preset, preset_paths
+from lsag.config import DATASETS, ModelConfig, Preset, preset_paths
+from lsag.errors import UsageError
 from lsag.flops import Count, count, count_stages
-from lsag_cli.options import Json, Overrides, complete_preset, read_preset
+from lsag_cli.options import Json, Model, Overrides, complete_preset, leaving_at_once, read_preset
 from lsag_cli.output import giga, mega, print_json, say, say_table, table
 
 
@@ -15,12 +16,15 @@ def flops(
         list[str] | None,
         typer.Option("--preset", help="Only this preset (name or file); repeatable.", autocompletion=complete_preset),
     ] = None,
+    model: Model = None,
     overrides: Overrides = None,
     by_stage: Annotated[bool, typer.Option("--by-stage", help="A line for each stage.")] = False,
     as_json: Json = False,
 ) -> None:
     """Count parameters, MACs and FLOPs per image, beside the paper's figures. Nothing is run."""
-    presets = [read_preset(name, overrides) for name in preset or preset_paths()]
+    if model and not preset:
+        raise UsageError("--model needs --preset, whose images and classes it has", "add --preset cifar-tiny")
+    presets = [read_preset(name, overrides, model=model) for name in preset or preset_paths()]
     if as_json:
         print_json("flops", presets=[describe(item) for item in presets])
         return
@@ -34,10 +38,10 @@ def flops(
             f"{paper.gmacs} G" if paper and paper.gmacs else "-",
         )
         if by_stage:
-            for stage in [*count_stages(item.model), count(item.model)]:
+            for stage in [*stages_of(item), count_network(item)]:
                 shown.add_row(item.name, stage.name, *cells(stage), end_section=stage.name == "total")
         else:
-            shown.add_row(item.name, *cells(count(item.model)), *printed)
+            shown.add_row(item.name, *cells(count_network(item)), *printed)
     say_table(shown)
     say(
         "plain: keys and values of every shift variant. run: the same function with them absorbed (docs/design.md).\n"
@@ -54,7 +58,7 @@ def presets(as_json: Json = False) -> None:
     headings = ("preset", "dataset", "image", "params", "MACs run", "epochs", "training")
     shown = table(*headings)
     for item in loaded:
-        total = count(item.model)
+        total = count_network(item)
         cost = training_flops(item, total)
         shown.add_row(
             item.name,
@@ -71,6 +75,21 @@ def presets(as_json: Json = False) -> None:
     )
 
 
+def count_network(preset: Preset) -> Count:
+    """The whole network: ours in closed form and without torch, timm's as torch counts it."""
+    if isinstance(preset.model, ModelConfig):
+        return count(preset.model)
+    with leaving_at_once():
+        from lsag.networks import count_model
+
+    return count_model(preset.model)
+
+
+def stages_of(preset: Preset) -> list[Count]:
+    """Only ours are known by their stages."""
+    return count_stages(preset.model) if isinstance(preset.model, ModelConfig) else []
+
+
 def cells(total: Count) -> tuple[str, ...]:
     return f"{total.params:,}", giga(total.macs), giga(total.flops), giga(total.macs_run)
 
@@ -85,7 +104,7 @@ def describe(preset: Preset) -> dict[str, object]:
     def figures(item: Count) -> dict[str, object]:
         return {"params": item.params, "macs": item.macs, "flops": item.flops, "macs_run": item.macs_run}
 
-    total = count(preset.model)
+    total = count_network(preset)
     return {
         "name": preset.name,
         "description": preset.description,
@@ -95,5 +114,5 @@ def describe(preset: Preset) -> dict[str, object]:
         "training_flops": training_flops(preset, total),
         **figures(total),
         "paper": preset.paper.model_dump() if preset.paper else None,
-        "stages": [{"name": stage.name, **figures(stage)} for stage in count_stages(preset.model)],
+        "stages": [{"name": stage.name, **figures(stage)} for stage in stages_of(preset)],
     }

@@ -35,6 +35,13 @@ OptionalPreset = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the preset; repeatable.")
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="timm:NAME[,KEY=VALUE...]",
+        help="Instead of the preset's network one of timm's, under its recipe (docs/baselines.md).",
+    ),
+]
 Dataset = Annotated[
     str | None,
     typer.Option(
@@ -89,14 +96,16 @@ def data_dir_or_default(data_dir: Path | None) -> Path:
     return data_dir or Path(os.environ.get("LSAG_DATA") or "data")
 
 
-def read_preset(name: str, overrides: list[str] | None, dataset: str | None = None) -> Preset:
-    """The preset on `dataset`, with the `--set` options applied last."""
+def read_preset(name: str, overrides: list[str] | None, dataset: str | None = None, model: str | None = None) -> Preset:
+    """The preset on `dataset` and with `model` for its network, with the `--set` options applied last."""
+    if model is not None and not model.startswith("timm:"):
+        raise UsageError(f"--model {model} is not timm:NAME", "one of ours is chosen with --preset")
     changes: dict[str, Any] = {}
     for key, value in map(parse_override, overrides or []):
         if key in changes:
             raise UsageError(f"{key} is set twice", "set it once")
         changes[key] = value
-    return load_preset(name, changes, dataset=dataset)
+    return load_preset(name, changes, dataset=dataset, timm=model.removeprefix("timm:") if model else None)
 
 
 def refuse_existing(out: Path, force: bool, *, source: Path | None = None) -> None:

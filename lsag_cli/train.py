@@ -13,15 +13,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lsag.config import Preset
+from lsag.config import Preset, TimmConfig
 from lsag.errors import InputError, InterruptedByUserError, TerminatedError, UnavailableError, UsageError
 from lsag.launch import launch, launched
 from lsag_cli.display import Display, duration
+from lsag_cli.flops import count_network
 from lsag_cli.options import (
     DataDir,
     Dataset,
     Device,
     Json,
+    Model,
     NoDownload,
     OptionalPreset,
     Overrides,
@@ -37,6 +39,7 @@ DEFAULT_PRESET = "digits-nano"
 NOT_REPEATED = {
     "run_folder",
     "preset",
+    "model",
     "dataset",
     "epochs",
     "overrides",
@@ -57,6 +60,7 @@ def train(
         Path | None, typer.Argument(metavar="[RUN]", help="With --resume: the run to go on with.")
     ] = None,
     preset: OptionalPreset = None,
+    model: Model = None,
     dataset: Dataset = None,
     data_dir: DataDir = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Train for so many epochs.")] = None,
@@ -144,13 +148,14 @@ def train(
         out = run_folder or out or newest_run()
         if preset is None:
             preset = preset_of(out)
-    resolved = read_preset(preset or DEFAULT_PRESET, changes, dataset)
+    resolved = read_preset(preset or DEFAULT_PRESET, changes, dataset, model)
     out = out or Path("runs") / f"{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     device, processes = place(gpus, device, procs)
     resolved.slice_size(processes * nodes * accum)
     if dry_run:
         way = {"device": device, "precision": precision, "compile": compile, "recompute": recompute} if probe else None
-        return show_plan(resolved, as_json, accum=accum, processes=processes * nodes, probe=way)
+        cut = {"accum": accum, "processes": processes * nodes}
+        return show_plan(resolved, as_json, **cut, recompute=recompute, probe=way)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
     with leaving_at_once():
@@ -331,12 +336,25 @@ class NoteHandler(logging.Handler):
             note(f"lsag: {record.getMessage()}")
 
 
-def show_plan(preset: Preset, as_json: bool, *, accum: int, processes: int, probe: dict[str, Any] | None) -> None:
+def show_plan(
+    preset: Preset,
+    as_json: bool,
+    *,
+    accum: int,
+    processes: int,
+    recompute: Literal["none", "local", "all"],
+    probe: dict[str, Any] | None,
+) -> None:
     """The resolved preset and what training it means; with a `probe`, time and memory measured in that way."""
     from lsag.config import DATASETS
-    from lsag.flops import count
 
-    total, recipe = count(preset.model), preset.train
+    slice_size, recipe = preset.slice_size(processes * accum), preset.train
+    if isinstance(preset.model, TimmConfig):
+        with leaving_at_once():
+            from lsag.networks import check_training
+
+        check_training(preset.model, slice_size=slice_size, recompute=recompute)
+    total = count_network(preset)
     known = DATASETS.get(preset.data.dataset)
     steps = known.train_images // recipe.batch_size if known else None
     if known and not steps:
@@ -354,7 +372,7 @@ def show_plan(preset: Preset, as_json: bool, *, accum: int, processes: int, prob
         "batch_size": recipe.batch_size,
         "processes": processes,
         "accum": accum,
-        "slice_size": preset.slice_size(processes * accum),
+        "slice_size": slice_size,
         "peak_lr": recipe.lr * recipe.lr_scale,
     }
     if probe is not None:

@@ -10,7 +10,8 @@ from tests.conftest import ROOT
 LEVELS = [
     {"lsag.errors", "lsag.failpoints", "lsag.onednn"},
     {"lsag.config", "lsag.files", "lsag.signals", "lsag.device", "lsag.gpu"},
-    {"lsag.model", "lsag.timm_models", "lsag.sources", "lsag.optim", "lsag.flops", "lsag.launch"},
+    {"lsag.model", "lsag.sources", "lsag.optim", "lsag.flops", "lsag.launch"},
+    {"lsag.networks", "lsag.timm_models"},
     {"lsag.data", "lsag.checkpoint", "lsag.distributed", "lsag.progress", "lsag.plain"},
     {"lsag.state", "lsag.runtime", "lsag.plots", "lsag.convert", "lsag.run_folder", "lsag.doctor", "lsag.hub"},
     {"lsag.evaluate", "lsag.export", "lsag.explain"},

@@ -5,8 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsag import ModelConfig, load_preset
-from lsag.config import DATASETS, Preset, parse_override, preset_paths
+from lsag import load_preset
+from lsag.config import (
+    DATASETS,
+    AugmentConfig,
+    DataConfig,
+    ModelConfig,
+    Preset,
+    TimmConfig,
+    TrainConfig,
+    parse_override,
+    preset_paths,
+)
 from lsag.errors import LsagError, UsageError
 from tests.conftest import CIFAR_SHIFTS, IMAGENET_SHIFTS
 
@@ -128,6 +138,35 @@ def test_mistakes_are_named_all_at_once(overrides, words):
         assert word in str(caught.value)
 
 
+def test_timm_in_the_place_of_the_network(tmp_path):
+    ours = load_preset("cifar-tiny", dataset="cifar100")
+    spec = "vit_tiny_patch16_224,patch_size=2"
+    preset = load_preset("cifar-tiny", {"model.drop_path": 0.2}, dataset="cifar100", timm=spec)
+    assert preset.model == TimmConfig(timm=spec, image_size=32, in_channels=3, num_classes=100, drop_path=0.2)
+    assert (preset.data, preset.augment, preset.train) == (ours.data, ours.augment, ours.train)
+    assert preset.name == "cifar-tiny-vit_tiny_patch16_224" and preset.paper is None
+    path = tmp_path / "preset.json"
+    path.write_text(preset.model_dump_json())
+    assert load_preset(path) == preset == load_preset(path, timm=spec)
+    assert preset.with_classes(3).model == preset.model.model_copy(update={"num_classes": 3})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.drop_pat": 0.2}, "unknown key model.drop_pat, did you mean 'drop_path'?"),
+        ({"model.mlp_ratoi": 2.0}, "unknown key model.mlp_ratoi"),
+        ({"model.image_size": "x"}, "model.image_size: Input should be a valid integer (got 'x')"),
+        ({"model.timm": ""}, "model.timm: "),
+        ({"model.stages": []}, "unknown key model.stages"),
+    ],
+)
+def test_mistakes_in_a_model_section_of_timm_s(overrides, message):
+    with pytest.raises(UsageError) as caught:
+        load_preset("cifar-tiny", overrides, timm="resnet18")
+    assert f": {message}" in caught.value.what and "lsag." not in caught.value.what
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"\xff\xfe", b"name = ", b"[model]\nx = 1", b"a=1\na=2", b"\x00" * 99, b"x=" + b"[" * 5000, b"#" * 2_000_000],
@@ -237,12 +276,8 @@ def test_unknown_presets_suggest_a_known_one():
         load_preset("cifar-tini")
 
 
-KEYS = [
-    f"{section}.{name}"
-    for section, field in Preset.model_fields.items()
-    if hasattr(field.annotation, "model_fields")
-    for name in field.annotation.model_fields
-]
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "augment": AugmentConfig, "train": TrainConfig}
+KEYS = [f"{section}.{name}" for section, kind in SECTIONS.items() for name in kind.model_fields] + ["model.timm"]
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
