@@ -69,7 +69,7 @@ def _try(model: nn.Module, config: TimmConfig, *, batch: int) -> Tensor:
 
 
 def timm_model(spec: str, config: TimmConfig | None = None) -> nn.Module:
-    """timm's model for `NAME[,KEY=VALUE...]` with random weights, and of the sizes of `config`.
+    """timm's model or class for `NAME[,KEY=VALUE...]` with random weights, and of the sizes of `config`.
 
     Networks of convolutions have no image size and are not given one. UsageError for all else that does not fit.
     """
@@ -80,7 +80,7 @@ def timm_model(spec: str, config: TimmConfig | None = None) -> nn.Module:
             raise UsageError(f"timm:{spec}: {key} is a setting of the preset", f"--set model.{ARGUMENTS[key]}=...")
     while True:
         try:
-            return timm.create_model(name, **given, **own)
+            return _class(name)(**given, **own) if _class(name) else timm.create_model(name, **given, **own)
         except Exception as error:  # networks of any author
             missing = re.search(r"unexpected keyword argument '(img_size|drop_path_rate)'", str(error))
             if not missing or missing[1] not in given:
@@ -90,9 +90,9 @@ def timm_model(spec: str, config: TimmConfig | None = None) -> nn.Module:
 
 
 def read_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """`NAME[,KEY=VALUE...]` -> the name of a model that timm has, and its arguments. UsageError if it is none."""
+    """`NAME[,KEY=VALUE...]` -> the name of a model or class that timm has, and its arguments. UsageError if it is none."""
     name, *settings = split_settings(spec)
-    if not timm.is_model(name):
+    if not timm.is_model(name) and not _class(name):
         near = ", ".join((timm.list_models(f"{name}*") or timm.list_models(f"*{name}*"))[:3])
         raise UsageError(f"timm has no model '{name}'", f"use one of: {near}" if near else "see timm.list_models()")
     pairs = [setting.partition("=")[::2] for setting in settings]
@@ -104,6 +104,12 @@ def read_spec(spec: str) -> tuple[str, dict[str, Any]]:
         return name, {key: ast.literal_eval(value) for key, value in pairs}
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise UsageError(f"timm:{spec}: {first_line(error)}", "write timm:NAME,KEY=VALUE") from error
+
+
+def _class(name: str) -> Any:
+    """timm's class of that name: some of its models, as nest_tiny, have widths that only their class lets choose."""
+    found = getattr(timm.models, name, None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
 def split_settings(spec: str) -> list[str]:

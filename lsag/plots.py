@@ -16,6 +16,7 @@ from lsag.files import replacing
 if TYPE_CHECKING:
     from lsag.bench import Bench
     from lsag.explain import Explanation
+    from lsag.reproduce import Summary
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
@@ -78,6 +79,25 @@ def draw_bench(measured: Mapping[str, "Bench"], path: Path, *, title: str) -> No
         axes.tick_params(axis="y", labelsize=8)
         axes.set(xlabel="images per second", title=group)
     figure.suptitle(f"{title}, {found.dtype} on {found.device}")
+    _save(figure, path)
+
+
+def draw_table(rows: Sequence["Summary"], path: Path, *, title: str) -> None:
+    """Accuracy of each row: every seed as a dot with their mean as a line, and the paper's in a panel of its own."""
+    figure, (left, right) = _figure(1, 2, (10, 0.45 * len(rows) + 1.8), sharey=True)
+    for place, row in enumerate(rows):
+        left.plot(row.top1, [place] * len(row.top1), "o", color="tab:blue", alpha=0.6)
+        if row.mean is not None:
+            left.plot([row.mean] * 2, [place - 0.3, place + 0.3], color="black")
+        if row.paper_top1 is not None:
+            right.plot(row.paper_top1, place, "D", color="tab:orange")
+    left.set_yticks(range(len(rows)), [_plain(row.name) for row in rows])
+    left.invert_yaxis()
+    left.set(xlabel="top-1 accuracy (%)", title="here: each seed, and the mean")
+    right.set(xlabel="top-1 accuracy (%)", title="the paper")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle(_plain(title))
     _save(figure, path)
 
 

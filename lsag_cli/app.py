@@ -27,6 +27,7 @@ from lsag_cli.export import convert, export
 from lsag_cli.flops import flops, presets
 from lsag_cli.predict import predict
 from lsag_cli.push import push
+from lsag_cli.reproduce import reproduce
 from lsag_cli.train import train
 
 MAX_ERROR = 380
@@ -47,6 +48,7 @@ app.command()(bench)
 app.command()(export)
 app.command()(convert)
 app.command()(push)
+app.command()(reproduce)
 app.command()(presets)
 app.command()(doctor)
 

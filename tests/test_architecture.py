@@ -9,8 +9,8 @@ from tests.conftest import ROOT
 # Lower rooms first; a module imports only from its own level or below.
 LEVELS = [
     {"lsag.errors", "lsag.failpoints", "lsag.onednn"},
-    {"lsag.config", "lsag.files", "lsag.signals", "lsag.device", "lsag.gpu"},
-    {"lsag.model", "lsag.sources", "lsag.optim", "lsag.flops", "lsag.launch"},
+    {"lsag.config", "lsag.files", "lsag.signals", "lsag.device", "lsag.gpu", "lsag.paper"},
+    {"lsag.model", "lsag.sources", "lsag.optim", "lsag.flops", "lsag.launch", "lsag.reproduce"},
     {"lsag.networks", "lsag.timm_models"},
     {"lsag.data", "lsag.checkpoint", "lsag.distributed", "lsag.progress", "lsag.plain"},
     {"lsag.state", "lsag.runtime", "lsag.plots", "lsag.convert", "lsag.run_folder", "lsag.doctor", "lsag.hub"},

@@ -1,0 +1,170 @@
+"""lsag reproduce"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lsag.config import DATASETS, Preset, parse_override
+from lsag.errors import CheckError, UsageError
+from lsag.files import replacing, writing
+from lsag.paper import TABLES, Row, Scale
+from lsag.reproduce import Run, Summary, execute, markdown, plan, summarise
+from lsag_cli.display import duration
+from lsag_cli.options import DataDir, Dataset, Device, Json, Overrides, data_dir_or_default, leaving_at_once
+from lsag_cli.output import note, percent, print_json, say
+
+
+def reproduce(
+    table: Annotated[int, typer.Option(min=2, max=6, help="The paper's table; 2 is counted, the others are trained.")],
+    train_options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- OPTIONS]", help="For each lsag train, as: -- --accum 4 --recompute all"),
+    ] = None,
+    scale: Annotated[
+        Literal["nano", "full"], typer.Option(help="nano: as small as cifar-nano; full: the paper's.")
+    ] = "nano",
+    rows: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these rows.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, show_default="the preset's")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Trainings of each row.")] = 3,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Runs and reports.", show_default="runs/reproduce-SCALE")] = None,
+    device: Device = "auto",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Trainings at a time.", show_default="one on each GPU")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Begin whatever it costs: needed for --scale full.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and its cost.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the rows of one of the paper's tables and report beside its figures. What is done is not done again."""
+    chosen = choose_rows(table, rows)
+    out = out or Path("runs") / f"reproduce-{scale}"
+    changes = dict(map(parse_override, overrides or []))
+    if epochs:
+        changes["train.epochs"] = epochs
+    runs = plan(chosen, scale=scale, seeds=seeds if table > 2 else 1, out=out, dataset=dataset, overrides=changes)
+    if not runs:
+        raise UsageError(f"table {table} has no rows at the scale {scale}", "--scale full")
+    if table > 2:
+        todo = [run for run in runs if run.top1 is None]
+        gpus, threads = devices_here(device)
+        at_a_time = min(jobs or max(1, len(gpus)), max(1, len(todo)))
+        state_cost(todo, device=device, data_dir=data_dir_or_default(data_dir), at_a_time=at_a_time)
+        if dry_run:
+            return
+        if todo and scale == "full" and not yes:
+            raise UsageError("the paper's setting is trained only when the cost is accepted", "add --yes")
+        where = ["--data-dir", str(data_dir)] if data_dir else []
+        command = [sys.executable, "-m", "lsag_cli", "train", "--device", device, *where, *(train_options or [])]
+        done = execute(
+            runs,
+            command=command,
+            devices=[gpus[job % len(gpus)] if gpus else None for job in range(at_a_time)],
+            threads=None if gpus or at_a_time == 1 else max(1, threads // at_a_time),
+        )
+        for count, run in enumerate(done, start=1):
+            runs = [run if (old.row, old.folder) == (run.row, run.folder) else old for old in runs]
+            how = run.error or f"{percent(run.top1)} in {duration(run.seconds or 0)}"
+            note(f"{run.row}, seed {run.preset.train.seed}: {how} ({count} of {len(todo)})")
+            report(table, chosen, runs, out, scale)
+    summaries = report(table, chosen, runs, out, scale)
+    if as_json:
+        print_json("reproduce", table=table, scale=scale, rows=[asdict(item) for item in summaries])
+    else:
+        say((out / f"table-{table}.md").read_text().rstrip())
+    failed = [run for run in runs if run.error]
+    if failed:
+        raise CheckError(f"{len(failed)} of {len(runs)} trainings failed, first {failed[0].row}: {failed[0].error}")
+
+
+def choose_rows(table: int, names: str | None) -> list[Row]:
+    """The rows of a table, or those that are named, in the table's order. UsageError for a name that is none."""
+    known = {row.name.lower(): row for row in TABLES[table]}
+    wanted = [name.strip().lower() for name in names.split(",")] if names else list(known)
+    for name in wanted:
+        if name not in known:
+            raise UsageError(
+                f"table {table} has no row '{name}'", f"it has {', '.join(row.name for row in TABLES[table])}"
+            )
+    return [row for name, row in known.items() if name in wanted]
+
+
+def devices_here(device: str) -> tuple[list[str], int]:
+    """The GPUs that trainings may be spread over, and the cores of the CPU."""
+    with leaving_at_once():
+        import torch
+
+        from lsag.device import available_cores
+
+    many = device in ("auto", "cuda") and torch.cuda.is_available()
+    return [str(index) for index in range(torch.cuda.device_count())] if many else [], available_cores()
+
+
+def state_cost(todo: Sequence[Run], *, device: str, data_dir: Path, at_a_time: int) -> None:
+    """Say how long the trainings will take, from a few steps of each network on made-up images."""
+    with leaving_at_once():
+        from lsag.bench import probe
+        from lsag.device import choose_device
+        from lsag.sources import open_split
+
+    seconds, images = 0.0, {}
+    cpu = choose_device(device).type == "cpu"
+    steps: dict[str, float] = {}
+    for run in todo:
+        preset, name = run.preset, run.preset.data.dataset
+        if name not in images:
+            known = DATASETS.get(name)
+            channels = preset.model.in_channels
+            images[name] = (
+                known.train_images if known else len(open_split(name, data_dir, train=True, in_channels=channels))
+            )
+        batch = min(preset.train.batch_size, 16 if cpu else 64)
+        if preset.name not in steps:
+            steps[preset.name] = probe(preset, device=device, slice_size=batch)[0] / batch
+            cost = steps[preset.name] * images[name] * preset.train.epochs
+            note(f"{run.row}: {preset.name}, {preset.train.epochs} epochs, about {duration(cost)} for a seed")
+        seconds += steps[preset.name] * images[name] * preset.train.epochs
+    if todo:
+        note(f"{len(todo)} trainings, about {seconds / at_a_time / 3600:.1f} hours, without loading and evaluation")
+
+
+def report(table: int, rows: Sequence[Row], runs: Sequence[Run], out: Path, scale: Scale) -> list[Summary]:
+    """Write table-N.md, .json and .png to `out`, as far as the runs are done."""
+    with leaving_at_once():
+        from lsag.networks import count_model
+        from lsag.plots import draw_table
+
+    recipe, data = runs[0].preset.train, runs[0].preset.data
+    paper_dataset = "imagenet" if table == 4 else "cifar100" if data.dataset == "cifar100" else "cifar10"
+    if table == 2:
+        paper_dataset = ""
+    summaries = summarise(rows, runs, count=lambda preset: count_model(preset.model), paper_dataset=paper_dataset)
+    title = f"Table {table}" + (f" at the scale {scale}" if table > 2 else "")
+    about = "Counted, nothing is trained."
+    if table > 2:
+        about = (
+            f"{recipe.epochs} epochs on {data.dataset}, top-1 after the last one, mean and standard deviation over seeds. "
+            f"The paper's figures are of 300 epochs on {paper_dataset}. lsag {version('lsag')}, torch {version('torch')}, "
+            f"{datetime.now(UTC):%F}."
+        )
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    figures = {"table": table, "scale": scale, "about": about, "rows": [asdict(item) for item in summaries]}
+    for suffix, text in (
+        (".md", markdown(summaries, title=title, about=about)),
+        (".json", json.dumps(figures, indent=2) + "\n"),
+    ):
+        with replacing(out / f"table-{table}{suffix}") as file:
+            file.write(text.encode())
+    if any(item.top1 for item in summaries):
+        draw_table(summaries, out / f"table-{table}.png", title=title)
+    return summaries
