@@ -81,6 +81,18 @@ def test_a_continued_run_equals_an_uninterrupted_one(tmp_path, preset, options, 
 
 
 @pytest.mark.slow
+def test_a_continued_run_goes_on_with_what_batch_norm_counted(tmp_path, preset):
+    changes = {"shifts": ((0, 0),), "local": "cvt", "patch_stride": 2, "patch_kernel": 4, "patch_padding": 1}
+    preset = preset.model_copy(update={"model": preset.model.model_copy(update=changes)})
+    list(train(preset, data_dir=tmp_path, out=tmp_path / "whole", device="cpu"))
+    stop_after(preset, tmp_path / "two", 9)
+    list(train(preset, data_dir=tmp_path, out=tmp_path / "two", device="cpu", resume=True))
+    whole = weights(tmp_path / "whole")
+    assert_equal(whole, weights(tmp_path / "two"))
+    assert whole["stages.0.blocks.0.attn.convs.0.1.num_batches_tracked"] == len(losses(tmp_path / "whole"))
+
+
+@pytest.mark.slow
 def test_half_precision_changes_little(tmp_path, preset):
     for name, options in {"a": {}, "c": {"precision": "bf16"}}.items():
         run(preset, tmp_path / name, **options)
