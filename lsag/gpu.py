@@ -18,7 +18,7 @@ PACKAGES = {"libcurand": "nvidia-curand", "libcudnn": "nvidia-cudnn-cu13", "libn
 
 def check_driver(provider: str) -> None:
     """UnavailableError if there is no NVIDIA driver, without which no GPU provider loads."""
-    if _driver() is None:
+    if not has_driver():
         raise UnavailableError(
             f"--provider {provider} needs an NVIDIA driver, and there is none ({describe_installation()})",
             how_to_fix(provider),
@@ -41,16 +41,18 @@ def driver_version() -> str | None:
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
-        return "of unknown version" if _driver() else None  # WSL has the library alone
+        return "of unknown version" if has_driver() else None  # WSL has the library alone
     version = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
     return version[0] if version else "of unknown version"
 
 
-def _driver() -> ctypes.CDLL | None:
+def has_driver() -> bool:
+    """Whether there is an NVIDIA driver."""
     try:
-        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
-        return None
+        return False
+    return True
 
 
 def torch_cuda() -> str | None:

@@ -6,6 +6,7 @@ K key/value heads (K = H for plain multi-head attention, K = 1 for multi-query),
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -472,6 +473,14 @@ class LSAG(nn.Module):
         """Names of the position embeddings, which are not decayed (timm's convention); Swin's table is one."""
         positions = ("pos", "relative_position_bias_table")
         return {name for name, _ in self.named_parameters() if name.endswith(positions)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters are one layer for a learning rate by depth (timm's convention): each block, or each stage.
+
+        What a stage has beside its blocks goes with the first of them.
+        """
+        blocks = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)", (0,)), (r"^norm", (99999,))]
+        return {"stem": r"^embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lsag.config import Preset, validate_preset
 from lsag.data import Normalize
 from lsag.errors import InputError, UnavailableError, UsageError, first_line
-from lsag.gpu import check_driver, describe_installation, how_to_fix
+from lsag.gpu import check_driver, describe_installation, has_driver, how_to_fix, missing_library
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -46,13 +46,15 @@ class Session:
     """An exported model: calls take uint8 images (B, C, height, width) and give float32 logits (B, num_classes).
 
     `preset`, `classes` and `input` are what the file says of itself, `provider` is where it runs: "cpu", "cuda" or
-    "tensorrt". A graph of a fixed batch is run as often as it takes, the last time with images repeated.
+    "tensorrt", `fallback_reason` why "auto" took the CPU, empty otherwise. A graph of a fixed batch is run as often as
+    it takes, the last time with images repeated.
     """
 
     preset: Preset
     classes: tuple[str, ...]
     input: Mapping[str, Any]
     provider: str
+    fallback_reason: str = ""
 
     def __init__(self, path: str | Path | bytes, *, provider: str = "cpu", threads: int | None = None) -> None:
         """Open a file, or its content, on `provider`: "cpu", "cuda", "tensorrt", or "auto".
@@ -69,17 +71,24 @@ class Session:
         path = "the graph" if isinstance(path, bytes) else path
         self._check(path)
         self._threads = threads or 0
-        if provider == "auto":
-            try:
-                check_driver("cuda")
-                self._open(path, "cuda")
-            except UnavailableError:
-                self._open(path, "cpu")
-        else:
+        if provider != "auto":
             self._open(path, provider)
+        elif reason := self._try_cuda(path):
+            self.fallback_reason = reason
+            self._open(path, "cpu")
         del self._data
         self.raw_input = self.input["dtype"] == "float32"
         self._normalize = Normalize(self.preset.data)
+
+    def _try_cuda(self, path: str | Path) -> str:
+        """Make the session on CUDA; what is in the way, in one line, empty for nothing."""
+        if not has_driver():
+            return "there is no NVIDIA driver"
+        try:
+            self._open(path, "cuda")
+        except UnavailableError as error:
+            return str(error)
+        return ""
 
     def _open(self, path: str | Path, provider: str) -> None:
         """Make the session; the errors of __init__."""
@@ -87,7 +96,7 @@ class Session:
 
         wanted = PROVIDERS[provider]
         if wanted not in onnxruntime.get_available_providers():
-            raise UnavailableError(f"this onnxruntime was built without {wanted}", "pip install onnxruntime-gpu")
+            raise UnavailableError(f"this onnxruntime was built without {wanted}", how_to_fix(provider))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = self._threads
@@ -111,9 +120,9 @@ class Session:
                 ) from error
             raise UnavailableError(f"onnxruntime could not start {wanted}: {reason}", how_to_fix(provider)) from error
         if self.session.get_providers()[0] != wanted:
-            raise UnavailableError(
-                f"onnxruntime did not load {wanted}: {describe_installation()}", how_to_fix(provider)
-            )
+            missing = missing_library(provider)
+            why = f"{missing} is missing; {describe_installation()}" if missing else describe_installation()
+            raise UnavailableError(f"onnxruntime did not load {wanted}: {why}", how_to_fix(provider))
         # onnxruntime computes shapes on the CPU by intent; the work itself must be where it was asked to be.
         elsewhere = [node.op_type for node in self._nodes(PROVIDERS["cpu"]) if node.op_type in WORK]
         if provider != "cpu" and elsewhere:

@@ -62,6 +62,7 @@ def _build(variant: str, **arguments: Any) -> LSAG:
         del changes["num_classes"]
     config = ModelConfig(**{**_model(PRESETS[variant]).model_dump(), **changes})
     model = LSAG(config)
+    model.in_chans = config.in_channels  # type: ignore[assignment]  # where timm's scripts look for it
     model.feature_info = [  # type: ignore[assignment]
         {"num_chs": stage.embed_dim, "reduction": config.patch_stride * 2**index, "module": f"stages.{index}"}
         for index, stage in enumerate(config.stages)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lsag.errors import UsageError
-from lsag_cli.options import Device, Json, Recompute, leaving_at_once
+from lsag_cli.options import Device, Force, Json, Recompute, leaving_at_once, refuse_existing
 from lsag_cli.output import giga, is_terminal, mega, percent, print_json, say, say_table, stderr, table
 
 if TYPE_CHECKING:
@@ -65,11 +65,14 @@ def bench(
     ] = False,
     recompute: Recompute = "none",
     plot: Annotated[Path | None, typer.Option(help="Draw the images per second as bars, a PNG.")] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Measure models side by side: images/s, latency, memory, share of the matrix-product rate."""
     if plot and plot.suffix.lower() != ".png":
         raise UsageError(f"--plot {plot} does not end in .png", "give a file of that kind")
+    if plot:
+        refuse_existing(plot, force, option="--plot")
     if peers and contenders:
         raise UsageError("--peers brings its own contenders", "leave the others away")
     if recompute != "none" and mode == "inference":

@@ -14,6 +14,7 @@ from lsag_cli.options import (
     DataDir,
     Dataset,
     Device,
+    Force,
     Json,
     NoDownload,
     Profile,
@@ -22,6 +23,8 @@ from lsag_cli.options import (
     check_provider,
     data_dir_or_default,
     nodes_line,
+    note_fallback,
+    refuse_existing,
 )
 from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, table
 
@@ -42,17 +45,21 @@ def evaluate(
     workers: Workers = None,
     no_download: NoDownload = False,
     plot: Annotated[
-        Path | None, typer.Option(help="The confusion matrix, a PNG.", show_default="beside CHECKPOINT")
+        Path | None,
+        typer.Option(help="The confusion matrix, a PNG.", show_default="beside CHECKPOINT, renewed each time"),
     ] = None,
     predictions: Annotated[
         Path | None, typer.Option(help="Write image, label and prediction to this CSV file.")
     ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a model: loss, top-1, top-5, accuracy of each class, confusion matrix."""
     for option, path, suffix in (("--plot", plot, ".png"), ("--predictions", predictions, ".csv")):
         if path and path.suffix.lower() != suffix:
             raise UsageError(f"{option} {path} does not end in {suffix}", "give a file of that kind")
+        if path:
+            refuse_existing(path, force, source=checkpoint, option=option)
     check_provider(checkpoint, provider, profile)
 
     from rich.progress import MofNCompleteColumn, Progress
@@ -74,6 +81,7 @@ def evaluate(
             download=not no_download,
             on_batch=lambda images: bar.advance(task, images),
         )
+    note_fallback(result.session)
     metrics = result.metrics
     plot = plot or checkpoint.with_name(f"{checkpoint.name.replace('.', '-')}-{result.dataset}-confusion.png")
     failure = None

@@ -13,6 +13,7 @@ import typer
 from lsag.config import Preset, load_preset, parse_override, preset_paths
 from lsag.errors import OutputError, UsageError
 from lsag.launch import launched
+from lsag_cli.output import note
 
 if TYPE_CHECKING:
     from lsag.runtime import Session
@@ -67,7 +68,7 @@ Recompute = Annotated[
     typer.Option(help="Less memory: compute the local block, or all blocks, once more in the backward."),
 ]
 NoDownload = Annotated[bool, typer.Option("--no-download", help="Never fetch a dataset.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -108,12 +109,17 @@ def read_preset(name: str, overrides: list[str] | None, dataset: str | None = No
     return load_preset(name, changes, dataset=dataset, timm=model.removeprefix("timm:") if model else None)
 
 
-def refuse_existing(out: Path, force: bool, *, source: Path | None = None) -> None:
-    """OutputError for a file that must not or cannot be written; also with `force` if it is the `source` itself."""
+def refuse_existing(out: Path, force: bool, *, source: Path | None = None, option: str = "--out") -> None:
+    """OutputError for a file that must not or cannot be written; also with `force` if it is the `source` itself.
+
+    `option` is the one that names it.
+    """
     if source and out.exists() and source.exists() and out.samefile(source):
-        raise OutputError(f"{out} is the file that is read", "choose another --out")
+        raise OutputError(f"{out} is the file that is read", f"choose another {option}")
+    if out.exists() and not out.is_file():
+        raise OutputError(f"cannot write {out}: it is not a regular file", "choose another name")
     if not force and (out.exists() or out.is_symlink()):
-        raise OutputError(f"{out} exists", "add --force, or choose another --out")
+        raise OutputError(f"{out} exists", f"add --force, or choose another {option}")
     if not out.parent.is_dir():
         raise OutputError(f"cannot write {out}: there is no folder {out.parent}", "create the folder first")
 
@@ -126,6 +132,12 @@ def check_provider(model: Path, provider: str | None, profile: bool) -> None:
         from lsag.gpu import check_driver
 
         check_driver(provider)
+
+
+def note_fallback(session: "Session | None") -> None:
+    """A line on stderr for a graph that runs on the CPU because CUDA did not load."""
+    if session and session.fallback_reason:
+        note(f"on the CPU: {session.fallback_reason}")
 
 
 def nodes_line(session: "Session") -> str:

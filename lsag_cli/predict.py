@@ -13,7 +13,18 @@ import typer
 
 from lsag.errors import InputError, UsageError
 from lsag.files import replacing
-from lsag_cli.options import Device, Json, Profile, Provider, check_provider, leaving_at_once, nodes_line
+from lsag_cli.options import (
+    Device,
+    Force,
+    Json,
+    Profile,
+    Provider,
+    check_provider,
+    leaving_at_once,
+    nodes_line,
+    note_fallback,
+    refuse_existing,
+)
 from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, table, visible
 
 if TYPE_CHECKING:
@@ -29,11 +40,14 @@ def predict(
     profile: Profile = False,
     batch_size: Annotated[int, typer.Option(min=1, max=65_536, help="Images at a time.")] = 64,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a CSV file instead of the table.")] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Say what a model takes images for. An image that cannot be read is a row with the reason."""
     if csv_file and csv_file.suffix.lower() != ".csv":
         raise UsageError(f"--csv {csv_file} does not end in .csv", "give a file of that kind")
+    if csv_file:
+        refuse_existing(csv_file, force, source=model, option="--csv")
     check_provider(model, provider, profile)
     paths = list(find_images(images))
 
@@ -44,6 +58,7 @@ def predict(
         from lsag.predict import predict as run
 
     opened = open_model(model, device=device, provider=provider)
+    note_fallback(opened.session)
     found: list[Prediction] = []
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=stderr(), transient=True, disable=not is_terminal(sys.stderr)) as bar:

@@ -243,10 +243,51 @@ def test_eval_of_an_unknown_dataset(trained, lsag):
 
 def test_figures_are_shown_even_if_the_picture_cannot_be_written(trained, lsag):
     best = trained[0] / "runs/first/best.pt"
-    done = lsag("eval", best, "--plot", "absent/a.png", "--predictions", "p.csv")
-    assert done.returncode == 6 and "top-1" in done.stdout and "absent/a.png" in done.stderr
-    result = json.loads(lsag("eval", best, "--plot", "absent/a.png", "--json").stdout)
+    full = {"LSAG_FAILPOINT": "before_fsync:1:enospc"}
+    done = lsag("eval", best, "--plot", "a.png", env=full)
+    assert done.returncode == 6 and "top-1" in done.stdout and "cannot write a.png" in done.stderr
+    result = json.loads(lsag("eval", best, "--plot", "a.png", "--json", env=full).stdout)
     assert not result["ok"] and result["error"]["code"] == 6 and result["images"] == 360
+
+
+def test_files_that_exist_are_not_written_over(lsag, tmp_path):
+    """Before anything else happens: none of the inputs is there."""
+    writers = {
+        "--plot": (["eval", "absent.pt"], ["bench", "digits-nano"]),
+        "--predictions": (["eval", "absent.pt"],),
+        "--csv": (["predict", "absent.pt", "."],),
+    }
+    for option, commands in writers.items():
+        suffix = ".png" if option == "--plot" else ".csv"
+        old, pipe = tmp_path / f"old{suffix}", tmp_path / f"pipe{suffix}"
+        old.write_text("mine")
+        os.mkfifo(pipe)
+        for command in commands:
+            refused = lsag(*command, option, old)
+            assert_refused(refused, 6, f"{old} exists", f"add --force, or choose another {option}")
+            assert_refused(lsag(*command, option, pipe, "--force"), 6, "not a regular file")
+            assert_refused(lsag(*command, option, f"absent/a{suffix}"), 6, "there is no folder absent")
+            assert old.read_text() == "mine"
+        old.unlink()
+        pipe.unlink()
+
+
+def test_force_writes_over_files(trained, lsag, tmp_path):
+    best = trained[0] / "runs/first/best.pt"
+    for name in ("a.png", "a.csv", "b.csv", "c.png"):
+        (tmp_path / name).write_text("old")
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    bench = ["bench", "digits-nano", "--rounds", "1", "--batch", "1", "--device", "cpu", "--plot", "c.png"]
+    for command in (
+        ["eval", best, "--plot", "a.png", "--predictions", "a.csv"],
+        ["predict", best, "image.png", "--csv", "b.csv"],
+        bench,
+    ):
+        done = lsag(*command, "--force")
+        assert done.returncode == 0, done.stderr
+    assert "old" not in [(tmp_path / name).read_text(errors="replace") for name in ("a.png", "a.csv", "b.csv", "c.png")]
+    # The picture that eval makes unasked is its own to renew.
+    assert lsag("eval", best).returncode == lsag("eval", best).returncode == 0
 
 
 def test_class_names_are_shown_as_they_are(lsag, tmp_path):

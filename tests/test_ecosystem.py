@@ -6,7 +6,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
+from timm.utils import CheckpointSaver, dispatch_clip_grad
 
 import lsag.timm_models
 from lsag import load_checkpoint, load_preset
@@ -64,14 +66,57 @@ def test_features_are_those_of_the_stages():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_it_trains_as_timms_scripts_train():
-    model = timm.create_model(SMALL, num_classes=4)
-    model.set_grad_checkpointing()
-    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
-    loss = model(torch.randn(4, 3, 32, 32)).logsumexp(1).sum()
-    loss.backward()
+SCRIPTS = {"drop_rate": 0.0, "drop_block_rate": None, "global_pool": None, "bn_momentum": None, "bn_eps": None}
+"""What timm's train.py gives to every model."""
+
+
+@pytest.mark.skipif(not hasattr(timm.models, "resolve_model_input_args"), reason="timm's scripts were others then")
+@pytest.mark.parametrize("channels", [3, 1])
+def test_it_trains_as_timms_scripts_train(channels, tmp_path):
+    """The calls of train.py and validate.py of timm 1.0.31, which are not in its package."""
+    from timm.data import resolve_input_data_config
+    from timm.models import resolve_model_input_args
+    from timm.task import ClassificationTask
+
+    asked = {"in_chans": channels, "img_size": 16, "input_size": None}
+    given = resolve_model_input_args(
+        SMALL, asked, num_classes=4, drop_path_rate=0.1, scriptable=False, checkpoint_path="", **SCRIPTS
+    )
+    model = timm.create_model(**given)
+    model.get_classifier().weight.data.mul_(0.5)
+    model.set_grad_checkpointing(enable=True)
+    data = resolve_input_data_config(model, asked)
+    assert data["input_size"] == (channels, 16, 16) and data["crop_pct"] == 1 and model.num_classes == 4
+    task = ClassificationTask(model=model, verbose=False)
+    optimizer = create_optimizer_v2(task.get_trainable_module(), "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    task.setup_ema(decay=0.9)
+    images, labels = torch.randn(4, *data["input_size"]), torch.tensor([0, 1, 2, 3])
+    task(images, labels)["loss"].backward()
+    dispatch_clip_grad(task.get_clip_parameters(exclude_head=True), value=0.01, mode="agc")
     optimizer.step()
+    task.update_ema(step=1)
     assert all(parameter.grad is not None for parameter in model.parameters())
+    saver = CheckpointSaver(model, optimizer, checkpoint_dir=tmp_path, recovery_dir=tmp_path, task=task)
+    saver.save_checkpoint(0, metric=1.0)
+    for use_ema, trained in ((False, model), (True, task.get_eval_model(ema=True))):
+        found = timm.create_model(**resolve_model_input_args(SMALL, asked, num_classes=4))
+        timm.models.load_checkpoint(found, tmp_path / "last.pth.tar", use_ema)
+        torch.testing.assert_close(found.eval()(images), trained.eval()(images))
+
+
+def test_each_block_is_one_layer_for_a_learning_rate_by_depth():
+    model = timm.create_model(SMALL)
+    depth = group_parameters(model, model.group_matcher(), reverse=True)
+    assert set(depth) == {name for name, _ in model.named_parameters()}
+    blocks = {}
+    for name, layer in depth.items():
+        blocks.setdefault(tuple(name.split(".")[:4]) if ".blocks." in name else name, set()).add(layer)
+    assert all(len(layers) == 1 for layers in blocks.values())
+    in_order = [layers.pop() for name, layers in blocks.items() if isinstance(name, tuple)]
+    assert in_order == list(range(1, 8)) and depth["embed.conv.weight"] == 0 and depth["head.weight"] > 7
+    assert depth["stages.1.pos"] == depth["stages.1.blocks.0.attn.q.weight"]
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert coarse["stages.2.pos"] == coarse["stages.2.blocks.1.mlp.0.weight"]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper
 
 from lsag import load_preset
-from lsag.checkpoint import random_checkpoint
+from lsag.checkpoint import random_checkpoint, save_checkpoint
 from lsag.errors import InputError, UnavailableError, UsageError
 from lsag.export import export_onnx, made_up_images
 from lsag.gpu import check_driver, describe_installation, distributions, how_to_fix, torch_cuda
@@ -72,6 +72,60 @@ def test_a_gpu_is_never_replaced_by_the_cpu(graph, provider, monkeypatch):
     with pytest.raises(UnavailableError, match="ExecutionProvider"):
         Session(graph, provider=provider)
     assert Session(graph, provider="auto").provider == "cpu"
+
+
+@NO_CUDA
+def test_auto_says_why_it_took_the_cpu(graph, monkeypatch, capfd):
+    monkeypatch.setattr("lsag.runtime.has_driver", lambda: False)
+    session = Session(graph, provider="auto")
+    assert (session.provider, session.fallback_reason) == ("cpu", "there is no NVIDIA driver")
+    # A driver, and the package for CPUs.
+    monkeypatch.setattr("lsag.runtime.has_driver", lambda: True)
+    monkeypatch.setattr("lsag.gpu.distributions", lambda: {"onnxruntime": "1"})
+    monkeypatch.setattr("lsag.gpu.onnxruntime_cuda", lambda: None)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    session = Session(graph, provider="auto")
+    assert session.provider == "cpu" and session.fallback_reason == (
+        "this onnxruntime was built without CUDAExecutionProvider"
+        " — pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+    )
+    # The package for GPUs, which falls back in silence for want of a library, or says so.
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [PROVIDERS["cuda"], PROVIDERS["cpu"]])
+    monkeypatch.setattr("lsag.runtime.missing_library", lambda provider: "libcudnn.so.9")
+    monkeypatch.setattr("lsag.runtime.how_to_fix", lambda provider: "pip install nvidia-cudnn-cu13")
+    start = onnxruntime.InferenceSession
+    on_cpu = {"providers": ["CPUExecutionProvider"]}
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *given, **options: start(*given, **options | on_cpu))
+    session = Session(graph, provider="auto")
+    assert session.provider == "cpu"
+    assert "did not load CUDAExecutionProvider: libcudnn.so.9 is missing" in session.fallback_reason
+    assert session.fallback_reason.endswith(" — pip install nvidia-cudnn-cu13")
+
+    def fail(data, options, *, providers, **others):
+        if providers != ["CPUExecutionProvider"]:
+            raise RuntimeError("libcublas.so.13: cannot open shared object file\nat provider_bridge.cc:2210")
+        return start(data, options, providers=providers)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    session = Session(graph, provider="auto")
+    assert session.provider == "cpu" and "libcublas.so.13" in session.fallback_reason
+    assert "\n" not in session.fallback_reason and "".join(capfd.readouterr()) == ""
+    assert Session(graph, provider="cpu").fallback_reason == ""
+
+
+@NO_CUDA
+def test_the_commands_say_why_on_stderr(lsag, graph, checkpoint, folder, tmp_path):
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    line = "on the CPU: there is no NVIDIA driver\n"
+    for command in (["predict", graph, "val/cat/0.png"], ["predict", graph, "val/cat/0.png", "--json"]):
+        done = lsag(*command)
+        assert (done.returncode, done.stderr) == (0, line)
+        done = lsag(*command, "--provider", "cpu")
+        assert (done.returncode, done.stderr) == (0, "")
+    assert lsag("predict", "a.pt", "val/cat/0.png").stderr == ""
+    for model, options, said in ((graph, [], True), (graph, ["--provider", "cpu"], False), ("a.pt", [], False)):
+        done = lsag("eval", model, *options)
+        assert done.returncode == 0 and (line in done.stderr) == said, done.stderr
 
 
 @NO_CUDA
