@@ -80,7 +80,8 @@ def timm_model(spec: str, config: TimmConfig | None = None) -> nn.Module:
             raise UsageError(f"timm:{spec}: {key} is a setting of the preset", f"--set model.{ARGUMENTS[key]}=...")
     while True:
         try:
-            return _class(name)(**given, **own) if _class(name) else timm.create_model(name, **given, **own)
+            made = _class(name)
+            return made(**given, **own) if made else timm.create_model(name, **given, **own)
         except Exception as error:  # networks of any author
             missing = re.search(r"unexpected keyword argument '(img_size|drop_path_rate)'", str(error))
             if not missing or missing[1] not in given:

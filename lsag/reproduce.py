@@ -210,7 +210,8 @@ def markdown(summaries: Sequence[Summary], *, title: str, about: str) -> str:
         "",
         about,
         "",
-        "| row | preset | parameters | the paper's | MACs | top-1 (%) | seeds | to the last | the paper's | to its last |",
+        "| row | preset | parameters | the paper's | MACs | top-1 (%) | seeds | to the last "
+        "| the paper's | to its last |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for item in summaries:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lsag.config import DATASETS, Preset, parse_override
+from lsag.config import DATASETS, parse_override
 from lsag.errors import CheckError, UsageError
 from lsag.files import replacing, writing
 from lsag.paper import TABLES, Row, Scale
@@ -127,7 +127,7 @@ def state_cost(todo: Sequence[Run], *, device: str, data_dir: Path, at_a_time: i
             images[name] = (
                 known.train_images if known else len(open_split(name, data_dir, train=True, in_channels=channels))
             )
-        batch = min(preset.train.batch_size, 16 if cpu else 64)
+        batch = min(preset.train.batch_size, (16 if preset.model.image_size < 64 else 2) if cpu else 64)
         if preset.name not in steps:
             steps[preset.name] = probe(preset, device=device, slice_size=batch)[0] / batch
             cost = steps[preset.name] * images[name] * preset.train.epochs
@@ -152,9 +152,9 @@ def report(table: int, rows: Sequence[Row], runs: Sequence[Run], out: Path, scal
     about = "Counted, nothing is trained."
     if table > 2:
         about = (
-            f"{recipe.epochs} epochs on {data.dataset}, top-1 after the last one, mean and standard deviation over seeds. "
-            f"The paper's figures are of 300 epochs on {paper_dataset}. lsag {version('lsag')}, torch {version('torch')}, "
-            f"{datetime.now(UTC):%F}."
+            f"{recipe.epochs} epochs on {data.dataset}; top-1 after the last one, mean and standard deviation over the "
+            f"seeds. The paper's figures are of 300 epochs on {paper_dataset}. lsag {version('lsag')}, "
+            f"torch {version('torch')}, {datetime.now(UTC):%F}."
         )
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
