@@ -91,7 +91,7 @@ def timm_model(spec: str, config: TimmConfig | None = None) -> nn.Module:
 
 
 def read_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """`NAME[,KEY=VALUE...]` -> the name of a model or class that timm has, and its arguments. UsageError if it is none."""
+    """`NAME[,KEY=VALUE...]` -> the name of a model or class of timm, and its arguments. UsageError if it is none."""
     name, *settings = split_settings(spec)
     if not timm.is_model(name) and not _class(name):
         near = ", ".join((timm.list_models(f"{name}*") or timm.list_models(f"*{name}*"))[:3])

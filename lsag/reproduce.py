@@ -11,7 +11,7 @@ import signal
 import statistics
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +84,7 @@ def _check_same(run: Run) -> None:
 
 def execute(
     runs: Sequence[Run], *, command: Sequence[str], devices: Sequence[str | None], threads: int | None = None
-) -> Iterator[Run]:
+) -> Generator[Run, None, None]:
     """Do the runs that are not complete, one at a time on each of `devices`; yields each as it ends.
 
     `command` is that of `lsag train`, to which preset and folder are added. A device is a GPU's number, or None for

@@ -1,5 +1,6 @@
 """lsag reproduce"""
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import typer
 from lsag.config import DATASETS, parse_override
 from lsag.errors import CheckError, UsageError
 from lsag.files import replacing, writing
-from lsag.paper import TABLES, Row, Scale
+from lsag.paper import TABLES, Scale
 from lsag.reproduce import Run, Summary, execute, markdown, plan, summarise
 from lsag_cli.display import duration
 from lsag_cli.options import DataDir, Dataset, Device, Json, Overrides, data_dir_or_default, leaving_at_once
@@ -51,51 +52,51 @@ def reproduce(
     changes = dict(map(parse_override, overrides or []))
     if epochs:
         changes["train.epochs"] = epochs
-    runs = plan(chosen, scale=scale, seeds=seeds if table > 2 else 1, out=out, dataset=dataset, overrides=changes)
-    if not runs:
-        raise UsageError(f"table {table} has no rows at the scale {scale}", "--scale full")
-    if table > 2:
-        todo = [run for run in runs if run.top1 is None]
-        gpus, threads = devices_here(device)
-        at_a_time = min(jobs or max(1, len(gpus)), max(1, len(todo)))
+    if table == 2:
+        scale, seeds = "full", 1
+    runs = plan(TABLES[table], scale=scale, seeds=seeds, out=out, dataset=dataset, overrides=changes)
+    todo = [run for run in runs if run.row in chosen and run.top1 is None and table > 2]
+    if not any(run.row in chosen for run in runs):
+        raise UsageError(f"table {table} has no such rows at the scale {scale}", "--scale full, or other --rows")
+    gpus, cores = devices_here(device) if todo else ([], 1)
+    at_a_time = min(jobs or max(1, len(gpus)), max(1, len(todo)))
+    if todo:
         state_cost(todo, device=device, data_dir=data_dir_or_default(data_dir), at_a_time=at_a_time)
-        if dry_run:
-            return
-        if todo and scale == "full" and not yes:
-            raise UsageError("the paper's setting is trained only when the cost is accepted", "add --yes")
-        where = ["--data-dir", str(data_dir)] if data_dir else []
-        command = [sys.executable, "-m", "lsag_cli", "train", "--device", device, *where, *(train_options or [])]
-        done = execute(
-            runs,
-            command=command,
-            devices=[gpus[job % len(gpus)] if gpus else None for job in range(at_a_time)],
-            threads=None if gpus or at_a_time == 1 else max(1, threads // at_a_time),
-        )
-        for count, run in enumerate(done, start=1):
-            runs = [run if (old.row, old.folder) == (run.row, run.folder) else old for old in runs]
+    if dry_run:
+        return note(f"{len(todo)} trainings to do, {len(runs) - len(todo)} done or not asked for")
+    if todo and scale == "full" and not yes:
+        raise UsageError("the paper's setting is trained only when its cost is accepted", "add --yes")
+    where = ["--data-dir", str(data_dir)] if data_dir else []
+    trainings = execute(
+        todo,
+        command=[sys.executable, "-m", "lsag_cli", "train", "--device", device, *where, *(train_options or [])],
+        devices=[gpus[job % len(gpus)] if gpus else None for job in range(at_a_time)],
+        threads=None if gpus or at_a_time == 1 else max(1, cores // at_a_time),
+    )
+    with contextlib.closing(trainings):
+        for count, run in enumerate(trainings, start=1):
+            runs = [run if old.folder == run.folder else old for old in runs]
             how = run.error or f"{percent(run.top1)} in {duration(run.seconds or 0)}"
             note(f"{run.row}, seed {run.preset.train.seed}: {how} ({count} of {len(todo)})")
-            report(table, chosen, runs, out, scale)
-    summaries = report(table, chosen, runs, out, scale)
+            report(table, runs, out, scale)
+    summaries = report(table, runs, out, scale)
     if as_json:
         print_json("reproduce", table=table, scale=scale, rows=[asdict(item) for item in summaries])
     else:
         say((out / f"table-{table}.md").read_text().rstrip())
     failed = [run for run in runs if run.error]
     if failed:
-        raise CheckError(f"{len(failed)} of {len(runs)} trainings failed, first {failed[0].row}: {failed[0].error}")
+        raise CheckError(f"{len(failed)} of {len(todo)} trainings failed, first {failed[0].row}: {failed[0].error}")
 
 
-def choose_rows(table: int, names: str | None) -> list[Row]:
-    """The rows of a table, or those that are named, in the table's order. UsageError for a name that is none."""
-    known = {row.name.lower(): row for row in TABLES[table]}
-    wanted = [name.strip().lower() for name in names.split(",")] if names else list(known)
+def choose_rows(table: int, names: str | None) -> set[str]:
+    """The names of the rows of a table, or of those that are named. UsageError for a name that is none."""
+    known = {row.name.lower(): row.name for row in TABLES[table]}
+    wanted = [name.strip() for name in names.split(",")] if names else list(known)
     for name in wanted:
-        if name not in known:
-            raise UsageError(
-                f"table {table} has no row '{name}'", f"it has {', '.join(row.name for row in TABLES[table])}"
-            )
-    return [row for name, row in known.items() if name in wanted]
+        if name.lower() not in known:
+            raise UsageError(f"table {table} has no row '{name}'", f"it has {', '.join(known.values())}")
+    return {known[name.lower()] for name in wanted}
 
 
 def devices_here(device: str) -> tuple[list[str], int]:
@@ -137,7 +138,7 @@ def state_cost(todo: Sequence[Run], *, device: str, data_dir: Path, at_a_time: i
         note(f"{len(todo)} trainings, about {seconds / at_a_time / 3600:.1f} hours, without loading and evaluation")
 
 
-def report(table: int, rows: Sequence[Row], runs: Sequence[Run], out: Path, scale: Scale) -> list[Summary]:
+def report(table: int, runs: Sequence[Run], out: Path, scale: Scale) -> list[Summary]:
     """Write table-N.md, .json and .png to `out`, as far as the runs are done."""
     with leaving_at_once():
         from lsag.networks import count_model
@@ -147,7 +148,9 @@ def report(table: int, rows: Sequence[Row], runs: Sequence[Run], out: Path, scal
     paper_dataset = "imagenet" if table == 4 else "cifar100" if data.dataset == "cifar100" else "cifar10"
     if table == 2:
         paper_dataset = ""
-    summaries = summarise(rows, runs, count=lambda preset: count_model(preset.model), paper_dataset=paper_dataset)
+    summaries = summarise(
+        TABLES[table], runs, count=lambda preset: count_model(preset.model), paper_dataset=paper_dataset
+    )
     title = f"Table {table}" + (f" at the scale {scale}" if table > 2 else "")
     about = "Counted, nothing is trained."
     if table > 2:

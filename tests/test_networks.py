@@ -16,6 +16,7 @@ from lsag.explain import explain
 from lsag.export import export_onnx
 from lsag.networks import build_model, check_training, count_model, set_recompute, timm_model
 from lsag.optim import make_optimizer, moving_average
+from lsag.paper import TABLES
 from lsag.train import data_parallel, train
 from lsag_cli.app import app
 from tests.conftest import ROOT, assert_refused
@@ -280,3 +281,11 @@ def test_the_commands_of_the_page_take_these_networks(command):
     """In this process: each would take seconds to start."""
     result = CliRunner().invoke(app, ["train", *shlex.split(command), "--dry-run", "--device", "cpu"])
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    "row", [row for table in (3, 4) for row in TABLES[table] if row.timm], ids=lambda row: row.name
+)
+def test_the_page_has_every_baseline_of_the_tables(row):
+    lines = [line for line in BASELINES.splitlines() if f"timm:{row.timm}" in line.replace("'", "")]
+    assert any(line.startswith(f"| {row.name} | {row.params_m} |") for line in lines)
