@@ -174,11 +174,11 @@ def test_a_skipped_step_leaves_no_statistics(tmp_path, preset, monkeypatch):
 def test_the_moving_average_averages_statistics_and_copies_indices():
     model = build_model(cifar(SWIN).model)
     model.statistic = torch.nn.Buffer(torch.zeros(1))
-    average = moving_average(model, 0.75)
+    average = moving_average(model, 0.9)
     average.update_parameters(model)
     model.statistic.fill_(1.0)
     average.update_parameters(model)
-    assert average.module.statistic == 0.25
+    assert average.module.statistic == pytest.approx(0.1)
     indices = {name: value for name, value in model.named_buffers() if not value.is_floating_point()}
     assert indices and all(torch.equal(average.module.get_buffer(name), value) for name, value in indices.items())
 
