@@ -56,7 +56,8 @@ def initialise_from(model: nn.Module, path: str | Path, *, num_classes: int, res
     found = load_checkpoint(path)
     weights, wanted, said = found.model.state_dict(), model.state_dict(), []
     if reset_head:
-        heads = "head" if isinstance(model, LSAG) else model.pretrained_cfg["classifier"]  # type: ignore[index]
+        known: Any = getattr(model, "pretrained_cfg", {})
+        heads = known.get("classifier", "head")
         prefixes = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
         weights |= {key: value for key, value in wanted.items() if key.startswith(prefixes)}
         said.append(f"a new head for {num_classes} classes")

@@ -143,9 +143,8 @@ class LocalAttention(Attention):
 
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
     """(B, N, K, G, a) with a matrix for each key/value head, (K, a, b) -> (B, N, K, G, b)."""
-    if len(weight) == 1:
-        return linear(x, weight[0].T)
-    return torch.stack([linear(rows, matrix.T) for rows, matrix in zip(x.unbind(2), weight, strict=True)], dim=2)
+    batch, tokens, _, group, _ = x.shape
+    return (x.permute(2, 0, 1, 3, 4).flatten(1, 3) @ weight).unflatten(1, (batch, tokens, group)).permute(1, 2, 0, 3, 4)
 
 
 class GlobalAttention(Attention):
