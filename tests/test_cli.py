@@ -344,7 +344,7 @@ def test_debug_shows_the_traceback(lsag):
 def test_a_bug_is_reported_as_one(lsag, tmp_path):
     code = (
         "import sys, lsag_cli.flops as f\nsys.argv = ['lsag', 'flops']\n"
-        "def broken(*a): raise ZeroDivisionError('oops')\nf.read_preset = broken\n"
+        "def broken(*a, **b): raise ZeroDivisionError('oops')\nf.read_preset = broken\n"
         "from lsag_cli.app import main; main()"
     )
     done = subprocess.run(
