@@ -92,7 +92,7 @@ def test_a_stage_of_the_local_block_alone_has_no_picture(picture):
 @pytest.mark.parametrize("name", ["a", "i", "ii"])
 def test_a_model_without_local_attention_is_refused(picture, name):
     preset = load_preset("cifar-nano").model_copy(update={"model": small_config(**ABLATIONS[name])})
-    with pytest.raises(UsageError, match=r"cifar-nano has no local attention .* model\.local is"):
+    with pytest.raises(UsageError, match=r"cifar-nano chooses no shifts \(model\.local is"):
         explain(random_checkpoint(preset), picture)
 
 

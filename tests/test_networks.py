@@ -146,7 +146,7 @@ def test_recomputation_is_timm_s():
 
 
 def test_explain_is_for_lsag():
-    with pytest.raises(UsageError, match=r"is timm's: it chooses no shifts"):
+    with pytest.raises(UsageError, match=r"chooses no shifts \(it is timm's\)"):
         explain(random_checkpoint(cifar("resnet10t")), None)
 
 

@@ -212,7 +212,7 @@ def test_the_warm_up_of_ddp_is_not_counted_by_batch_norm():
     before = [buffer.clone() for buffer in model.buffers()]
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        ddp = data_parallel(model, torch.device("cpu"), torch.float32, slice_size=2)
+        ddp = data_parallel(model, torch.device("cpu"), torch.float32, shape=(2, 3, 12, 12))
         after = [buffer.clone() for buffer in model.buffers()]
         ddp(torch.randn(2, 3, 12, 12))
     finally:
