@@ -31,7 +31,7 @@ Shift = tuple[Integer, Integer]
 
 # Swin's own 7 divides no grid of the presets. A smaller grid is one window.
 SWIN_WINDOW = 8
-MAX_PRESET_BYTES = 1_000_000
+MAX_PRESET_BYTES, MAX_EXTENDS = 1_000_000, 16
 # What timm understands: magnitude, its spread and limit, number of operations, probability, increasing severity.
 RAND_AUGMENT = r"^rand(-((m|n|mmax|inc)\d{1,2}|(mstd|p)\d+(\.\d+)?))*$"
 
@@ -243,7 +243,8 @@ class PaperFigures(_Frozen):
 class Preset(_Frozen):
     """A complete, reproducible description of a model and its training."""
 
-    name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]+$")]
+    # It becomes the name of folders: no path, and not dots alone.
+    name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")]
     description: str = ""
     model: Annotated[Annotated[ModelConfig, Tag("lsag")] | Annotated[TimmConfig, Tag("timm")], Discriminator(_network)]
     data: DataConfig
@@ -389,11 +390,15 @@ def _extended(values: dict[str, Any], path: Path, above: tuple[Path, ...] = ()) 
         raise UsageError(f"{path}: extends is {name!r}", "give a preset's name or file in quotes")
     base, inherited = _read(name, extended_by=path)
     above = (*above, path.resolve())
+    if len(above) > MAX_EXTENDS:
+        raise UsageError(f"{above[0]} extends a preset that extends another, {MAX_EXTENDS} times", "use fewer files")
     if base.resolve() in above:
         raise UsageError(f"{path} extends {name}, which extends it in turn", "let one of them stand alone")
     inherited = _extended(inherited, base, above)
     for key in ("name", "description", "paper"):  # of that preset alone
         inherited.pop(key, None)
+    if _are_tables(inherited.get("model"), values.get("model")) and "timm" in values["model"]:
+        inherited["model"] = _for_timm(inherited["model"])
     return _merged(inherited, values)
 
 
@@ -446,10 +451,15 @@ def _set_timm(values: dict[str, Any], spec: str) -> None:
     model = values.get("model")
     if not isinstance(model, dict) or model.get("timm") == spec:
         return
-    values["model"] = {key: model[key] for key in TimmConfig.model_fields if key in model} | {"timm": spec}
-    name = spec.partition(",")[0]
+    values["model"] = _for_timm(model) | {"timm": spec}
+    name = spec.partition(",")[0].replace("/", "-")
     values |= {"name": f"{values['name']}-{name}", "description": f"timm's {name} under the recipe of {values['name']}"}
     values.pop("paper", None)
+
+
+def _for_timm(model: dict[str, Any]) -> dict[str, Any]:
+    """What a classifier of timm has of the model section of an LSAG."""
+    return {key: model[key] for key in TimmConfig.model_fields if key in model}
 
 
 def _set_by_path(values: dict[str, Any], key: str, value: Any) -> None:
@@ -474,7 +484,8 @@ def _explain(problem: Any) -> str:
         near = did_you_mean(last, _fields_at(problem["loc"][:-1]))
         if not near:
             elsewhere = [f"{section}.{last}" for section, model in _SECTIONS.items() if last in model.model_fields]
-            near = f", did you mean '{elsewhere[0]}'?" if elsewhere else ""
+            near = f", did you mean '{elsewhere[0]}'?" if elsewhere and elsewhere[0] != where else ""
+            near = ", which timm's networks have not" if elsewhere and not near else near
         return f"unknown key {where}{near}"
     if problem["type"] == "missing":
         return f"{where} is missing"

@@ -101,10 +101,14 @@ def read_spec(spec: str) -> tuple[str, dict[str, Any]]:
         raise UsageError(f"timm:{spec}: its models have random weights here", "leave pretrained away")
     if len(dict(pairs)) < len(pairs):
         raise UsageError(f"timm:{spec} has an argument twice", "give it once")
-    try:
-        return name, {key: ast.literal_eval(value) for key, value in pairs}
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise UsageError(f"timm:{spec}: {first_line(error)}", "write timm:NAME,KEY=VALUE") from error
+    values = {}
+    for key, value in pairs:
+        try:
+            values[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            what = f"timm:{spec[:150]}: the value of {key} is no number, text or list"
+            raise UsageError(what, "write timm:NAME,KEY=VALUE") from error
+    return name, values
 
 
 def _class(name: str) -> Any:

@@ -5,6 +5,7 @@ Nothing here imports torch: each training is a process of its own, and what is d
 
 import itertools
 import json
+import math
 import os
 import queue
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lsag.config import Preset, changed_keys, load_preset
-from lsag.errors import OutputError
+from lsag.errors import InputError, LsagError, OutputError
 from lsag.files import replacing, writing
 from lsag.flops import Count
 from lsag.paper import Row, Scale
@@ -44,15 +45,28 @@ class Run:
         return self.folder.with_suffix(".log")
 
     def looked_up(self) -> "Run":
-        """This run with its accuracy, if it is complete."""
+        """This run with its accuracy, if it is complete. OutputError if its folder holds a run with other settings.
+
+        InputError if its log is damaged.
+        """
+        given, log = self.folder / "preset.json", self.folder / "metrics.jsonl"
+        if not given.is_file():
+            return self
+        different = [key for key in changed_keys(load_preset(given), self.preset) if key != "model.num_classes"]
+        if different:
+            raise OutputError(f"{self.folder} is a run with another {', '.join(different[:3])}", "choose another --out")
+        if not log.is_file():
+            return self
         try:
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-            last = json.loads(lines[-1]) if lines else {}
-        except (OSError, ValueError):
-            return self
-        if last.get("epoch") != self.preset.train.epochs:
-            return self
-        return replace(self, top1=last["top1"], seconds=last["seconds"])
+            rows = [json.loads(line) for line in log.read_text().splitlines()]
+            if not rows or rows[-1]["epoch"] != self.preset.train.epochs:
+                return self
+            top1, seconds = float(rows[-1]["top1"]), float(rows[-1]["seconds"])
+            if not (0 <= top1 <= 1 and 0 <= seconds < math.inf):
+                raise ValueError
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{log} is damaged", f"remove {self.folder} to train it again") from error
+        return replace(self, top1=top1, seconds=seconds)
 
 
 def plan(
@@ -60,26 +74,16 @@ def plan(
 ) -> list[Run]:
     """The runs of `rows` with seeds 0, 1, ...; those that are complete in `out` with their accuracy.
 
-    All rows with one seed come before the next seed: a table that is stopped has as many of each. OutputError if `out`
-    holds a run with other settings.
+    All rows with one seed come before the next seed: a table that is stopped has as many of each. The errors of
+    `Run.looked_up`.
     """
     runs = []
     for seed, row in itertools.product(range(seeds), rows):
         preset = row.at(scale, dataset=dataset, overrides={**overrides, "train.seed": seed})
         if preset is None:
             continue
-        run = Run(row.name, preset, out / preset.name / f"seed-{seed}")
-        _check_same(run)
-        runs.append(run.looked_up())
+        runs.append(Run(row.name, preset, out / preset.name / f"seed-{seed}").looked_up())
     return runs
-
-
-def _check_same(run: Run) -> None:
-    path = run.folder / "preset.json"
-    if path.is_file():
-        different = [key for key in changed_keys(load_preset(path), run.preset) if key != "model.num_classes"]
-        if different:
-            raise OutputError(f"{run.folder} is a run with another {', '.join(different[:3])}", "choose another --out")
 
 
 def execute(
@@ -118,17 +122,21 @@ def execute(
     def execute_one(run: Run) -> Run:
         device = free.get()
         try:
+            before = run.log.stat().st_size if run.log.is_file() else 0
             process = start(run, device)
-            code = process.wait() if process else 0
+            if process is None:
+                return run
+            code = process.wait()
             with lock:
                 processes.discard(process)
             done = run.looked_up()
-            if done.top1 is not None:
+            if code == 0 and done.top1 is not None:
                 return done
-            said = run.log.read_text(errors="replace").splitlines() if run.log.is_file() else []
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+            said = run.log.read_bytes()[before:].decode(errors="replace").splitlines()
             errors = [line.partition("error: ")[2] for line in said if line.startswith("lsag: error: ")]
-            return replace(done, error=errors[-1] if errors else f"lsag train ended with {code}; see {run.log}")
-        except OutputError as error:
+            return replace(run, error=errors[-1] if errors else f"lsag train {how}; see {run.log}")
+        except LsagError as error:
             return replace(run, error=error.what)
         finally:
             free.put(device)

@@ -77,11 +77,14 @@ def main() -> None:
     # and with other work on the machine each product waits for threads that wait for cores (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, terminate)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until a training listens to it
     code = 0
     try:
         code = run()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is nothing left to stop
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # there is nothing left to stop
         sys.stdout.flush()
     except (BrokenPipeError, output.ReaderGoneError):
         code = 128 + signal.SIGPIPE

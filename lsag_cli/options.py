@@ -101,12 +101,20 @@ def read_preset(name: str, overrides: list[str] | None, dataset: str | None = No
     """The preset on `dataset` and with `model` for its network, with the `--set` options applied last."""
     if model is not None and not model.startswith("timm:"):
         raise UsageError(f"--model {model} is not timm:NAME", "one of ours is chosen with --preset")
+    changes = read_overrides(overrides)
+    if model and "model.timm" in changes:
+        raise UsageError("--model and --set model.timm name two networks", "give one of them")
+    return load_preset(name, changes, dataset=dataset, timm=model.removeprefix("timm:") if model else None)
+
+
+def read_overrides(overrides: list[str] | None) -> dict[str, Any]:
+    """The `--set` options: dotted keys with their values. UsageError for one that is given twice."""
     changes: dict[str, Any] = {}
     for key, value in map(parse_override, overrides or []):
         if key in changes:
             raise UsageError(f"{key} is set twice", "set it once")
         changes[key] = value
-    return load_preset(name, changes, dataset=dataset, timm=model.removeprefix("timm:") if model else None)
+    return changes
 
 
 def refuse_existing(out: Path, force: bool, *, source: Path | None = None, option: str = "--out") -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -180,7 +181,7 @@ def train(
             processes=processes,
             nodes=nodes,
             endpoint=rdzv_endpoint,
-            run_id=f"lsag {out}",
+            run_id="lsag-" + re.sub(r"\W+", "-", str(out)),  # torch makes a folder of that name
             max_restarts=max_restarts,
             fix=f"continue with: {again}",
         )

@@ -296,3 +296,25 @@ def test_any_value_of_any_key_is_taken_or_refused_in_words(overrides):
         assert isinstance(load_preset("digits-nano", overrides), Preset)
     except LsagError as error:
         assert error.exit_code == 2
+
+
+def test_a_long_chain_of_presets_is_refused(tmp_path):
+    for index in range(40):
+        (tmp_path / f"{index}.toml").write_text(f'extends = "{index + 1}.toml"')
+    with pytest.raises(UsageError, match="16 times"):
+        load_preset(tmp_path / "0.toml")
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/b", ""])
+def test_a_name_that_is_a_path_is_refused(name):
+    with pytest.raises(UsageError, match="name"):
+        load_preset("cifar-nano", {"name": name})
+
+
+def test_a_preset_may_put_a_network_of_timm_into_another(tmp_path):
+    (tmp_path / "mine.toml").write_text('extends = "cifar-nano"\n[model]\ntimm = "resnet10t"\n')
+    preset = load_preset(tmp_path / "mine.toml")
+    assert preset.model == TimmConfig(timm="resnet10t", image_size=32, num_classes=10, drop_path=0.0)
+    assert preset.train == load_preset("cifar-nano").train
+    with pytest.raises(UsageError, match=r"unknown key model\.patch_stride, which timm's networks have not"):
+        load_preset("cifar-nano", {"model.patch_stride": 4}, timm="resnet10t")

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from lsag import load_preset
-from lsag.errors import OutputError, UsageError
+from lsag.errors import InputError, OutputError, UsageError
 from lsag.networks import build_model, count_model
 from lsag.paper import TABLES
 from lsag.reproduce import Run, execute, markdown, plan, summarise
@@ -88,6 +88,7 @@ time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
 if preset["train"]["seed"] == 1:
     sys.exit("lsag: error: no more room - free some")
 row = {"epoch": preset["train"]["epochs"], "top1": 0.5, "seconds": 1.0}
+(out / "preset.json").write_text(json.dumps(preset))
 (out / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
 """
 COMMAND = [sys.executable, "-c", FAKE]
@@ -108,6 +109,40 @@ def test_trainings_are_spread_over_devices(tmp_path, monkeypatch):
     for run in ended:
         failed = run.preset.train.seed == 1
         assert (run.top1 is None) == failed and run.error == ("no more room - free some" if failed else "")
+
+
+@pytest.mark.parametrize(
+    "log", ["", "{}", "5", "null", "[1]", '{"epoch": 300}', "torn", "NaN", "text", "missing preset"]
+)
+def test_a_damaged_log_is_no_result(tmp_path, log):
+    (run, *_) = plan(TABLES[6], scale="nano", seeds=1, out=tmp_path, **SMALL)
+    epochs = run.preset.train.epochs
+    run.folder.mkdir(parents=True)
+    if log != "missing preset":
+        (run.folder / "preset.json").write_text(run.preset.model_dump_json())
+    row = {"epoch": epochs, "top1": 0.5, "seconds": 1.0}
+    broken = {
+        "": "",
+        '{"epoch": 300}': json.dumps({"epoch": epochs}),
+        "torn": json.dumps(row) + '\n{"epo',
+        "NaN": json.dumps({**row, "top1": float("nan")}),
+        "text": json.dumps({**row, "top1": "x"}),
+        "missing preset": json.dumps(row),
+    }
+    (run.folder / "metrics.jsonl").write_text(broken.get(log, log))
+    if log in ("", "missing preset"):
+        assert run.looked_up().top1 is None
+    else:
+        with pytest.raises(InputError, match="is damaged"):
+            run.looked_up()
+
+
+def test_an_error_is_that_of_this_attempt(tmp_path):
+    (run, *_) = plan(TABLES[6], scale="nano", seeds=1, out=tmp_path, **SMALL)
+    run.log.parent.mkdir(parents=True)
+    run.log.write_text("lsag: error: an old one - forget it\n")
+    (ended,) = execute([run], command=["sh", "-c", "kill -9 $$"], devices=[None])
+    assert "killed by SIGKILL" in ended.error
 
 
 def test_what_is_done_is_not_done_again(tmp_path):
@@ -187,11 +222,14 @@ def test_a_table_from_the_command_line(lsag, folder):
     )
     assert again.returncode == 0 and "(2 of 2)" in again.stderr, again.stderr
     assert {path: path.stat().st_mtime for path in before} == before
+    elsewhere = lsag("reproduce", "--table=5", *TINY_RUN, "--data-dir", folder / "train", cwd=folder)
+    assert_refused(elsewhere, 6, "the runs in out are on", "another --out")
     rows = json.loads(again.stdout)["rows"]
     assert [len(row["top1"]) for row in rows] == [0, 2, 0, 0, 0, 0, 2]
 
 
-def test_sigterm_stops_the_trainings_which_go_on_later(lsag, folder):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_trainings_which_go_on_later(lsag, folder, number):
     arguments = ["reproduce", "--table=6", "--rows=I", *TINY_RUN, f"--data-dir={folder}"]
     arguments[arguments.index("--epochs=1")] = "--epochs=2000"
     process = subprocess.Popen(
@@ -201,7 +239,7 @@ def test_sigterm_stops_the_trainings_which_go_on_later(lsag, folder):
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(60) == 143
     log = (folder / "out/cifar-nano-i/seed-0.log").read_text()
     assert "is saved in" in log and "Traceback" not in log
@@ -214,7 +252,13 @@ def test_sigterm_stops_the_trainings_which_go_on_later(lsag, folder):
         (["--table", "4"], 2, ["no such rows at the scale nano", "--scale full"]),
         (["--table", "5", "--rows", "A,Z"], 2, ["table 5 has no row 'Z'", "NesT-T, A, B"]),
         (["--table", "3", "--rows", "DeiT-S"], 2, ["no such rows at the scale nano"]),
+        (["--table", "5", "--rows", ""], 2, ["table 5 has no row ''"]),
         (["--table", "7"], 2, ["less than or equal to 6"]),
+        (["--table", "2", "--epochs", "3"], 2, ["table 2 is counted"]),
+        (["--table", "5", "--set", "name=x"], 2, ["--set name is not for reproduce"]),
+        (["--table", "5", "--set", "train.seed=1"], 2, ["--set train.seed is not for reproduce"]),
+        (["--table", "5", "--set", "train.lr=1", "--set", "train.lr=2"], 2, ["train.lr is set twice"]),
+        (["--table", "5", "--out", "/dev/null"], 6, ["cannot write /dev/null"]),
         (["--table", "5", "--dataset", "folder", "--data-dir", "nowhere"], 3, ["nowhere"]),
     ],
 )
@@ -222,11 +266,17 @@ def test_wrong_uses(lsag, arguments, code, words):
     assert_refused(lsag("reproduce", *arguments), code, *words)
 
 
+def test_a_failed_training_is_an_error_also_as_json(lsag, folder):
+    done = lsag("reproduce", "--table=6", "--rows=I", *TINY_RUN, "--set=train.lr=1e30", "--json", "--data-dir", folder)
+    assert done.returncode == 5 and "1 of 1 trainings failed, first I: " in done.stderr.splitlines()[-1]
+    assert json.loads(done.stdout)["ok"] is False
+
+
 def test_the_papers_setting_states_its_cost_and_waits_for_yes(lsag, tmp_path):
     done = lsag("reproduce", "--table=6", "--scale=full", "--rows=I", "--seeds=1", "--device=cpu", "--out=out")
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and "add --yes" in lines[-1] and "1 trainings, about" in lines[-2]
-    assert not (tmp_path / "out").exists()
+    assert not [*tmp_path.glob("out/*/")]
 
 
 def test_table_2_is_counted(lsag, tmp_path):
