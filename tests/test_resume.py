@@ -448,3 +448,10 @@ def test_nonsense_in_the_environment(lsag):
     world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
     inherited = {"LSAG_LAUNCHER": "1", "LSAG_LAUNCH_FOLDER": "/tmp"}
     assert_refused(lsag("train", env=world | inherited), 7, "unset LSAG_LAUNCHER")
+
+
+def test_ranks_train_into_a_folder_below_another(lsag, tmp_path):
+    """The launcher makes a folder named after the run, in which a path would be one more folder."""
+    done = lsag("train", *TINY, "--device", "cpu", "--procs", "2", "--workers", "0", "--out", tmp_path / "deep/run")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "deep/run/best.pt").is_file()
