@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -152,8 +153,10 @@ def devices_here(device: str) -> tuple[list[str], int]:
 
         from lsag.device import available_cores
 
-    many = device in ("auto", "cuda") and torch.cuda.is_available()
-    return [str(index) for index in range(torch.cuda.device_count())] if many else [], available_cores()
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return [], available_cores()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())], available_cores()
 
 
 def state_cost(todo: Sequence[Run], *, device: str, data_dir: Path, at_a_time: int) -> float:
