@@ -14,6 +14,7 @@ from lsag.checkpoint import load_checkpoint, random_checkpoint, save_checkpoint,
 from lsag.errors import CheckError, InputError, UsageError
 from lsag.explain import explain
 from lsag.export import export_onnx
+from lsag.hub import Classifier
 from lsag.networks import build_model, check_training, count_model, set_recompute, timm_model
 from lsag.optim import make_optimizer, moving_average
 from lsag.paper import TABLES
@@ -289,3 +290,14 @@ def test_the_commands_of_the_page_take_these_networks(command):
 def test_the_page_has_every_baseline_of_the_tables(row):
     lines = [line for line in BASELINES.splitlines() if f"timm:{row.timm}" in line.replace("'", "")]
     assert any(line.startswith(f"| {row.name} | {row.params_m} |") for line in lines)
+
+
+def test_a_baseline_goes_through_the_folder_of_the_hub(tmp_path):
+    """Swin has index tables that are in no file."""
+    spec = "swin_tiny_patch4_window7_224,patch_size=2,window_size=4,embed_dim=32,depths=(2,2,2),num_heads=(2,2,4)"
+    made = Classifier.of(random_checkpoint(load_preset("cifar-nano", timm=spec)))
+    made.save_pretrained(tmp_path)
+    found = Classifier.from_pretrained(tmp_path).eval()
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert torch.equal(found(pixels), made(pixels))
