@@ -84,6 +84,8 @@ def timm_model(spec: str, config: TimmConfig | None = None) -> nn.Module:
             return made(**given, **own) if made else timm.create_model(name, **given, **own)
         except Exception as error:  # networks of any author
             missing = re.search(r"unexpected keyword argument '(img_size|drop_path_rate)'", str(error))
+            if missing and missing[1] == "img_size" and own.pop("img_size", None):
+                continue  # it then is the size of the images alone
             if not missing or missing[1] not in given:
                 raise UsageError(f"timm:{spec}: {first_line(error)[:200]}", "write timm:NAME,KEY=VALUE") from error
             if given.pop(missing[1]) and missing[1] == "drop_path_rate":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lsag import load_preset
-from lsag.bench import bench, count_macs, open_contender
+from lsag.bench import PEERS, bench, count_macs, open_contender, timm_contender
 from lsag.checkpoint import random_checkpoint, save_checkpoint
 from lsag.errors import UsageError
 from lsag.export import export_onnx
@@ -146,3 +146,12 @@ def test_the_command(lsag, tmp_path):
 )
 def test_wrong_uses_of_the_command(lsag, arguments, words):
     assert_refused(lsag("bench", *arguments), 2, words)
+
+
+@pytest.mark.parametrize("spec", [spec for specs in PEERS.values() for spec in specs if spec.startswith("timm:")])
+def test_timm_has_every_peer_at_its_size(spec):
+    """In shapes alone."""
+    with torch.device("meta"):
+        model, (channels, height, width) = timm_contender(spec.removeprefix("timm:"))
+        logits = model.eval()(torch.zeros(1, channels, height, width))
+    assert (height, logits.shape) == ((32, (1, 10)) if "img_size=32" in spec else (height, (1, 1000)))
