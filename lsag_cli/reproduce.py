@@ -62,8 +62,9 @@ def reproduce(
     """Train the rows of one of the paper's tables and report beside its figures. What is done is not done again."""
     chosen = choose_rows(table, rows)
     changes = read_overrides(overrides)
-    if own := changes.keys() & {"name", "train.seed", "train.epochs" if epochs else "name"}:
-        raise UsageError(f"--set {min(own)} is not for reproduce", "it has --seeds and --epochs, and names of its own")
+    own = {"name", "train.seed", *(["train.epochs"] if epochs else [])}
+    if taken := sorted(own & changes.keys()):
+        raise UsageError(f"--set {taken[0]} is not for reproduce", "it has --seeds and --epochs, and names of its own")
     if table == 2 and (rows is not None or epochs or dataset or data_dir or changes or jobs):
         raise UsageError("table 2 is counted, and nothing is trained", "leave the other options away")
     out = out or Path("runs") / f"reproduce-{scale}"
