@@ -337,11 +337,10 @@ def load_preset(
     if base is not None:
         if not isinstance(extended := values.get("extends"), str):
             raise UsageError(f"{path} extends no preset that {base} could replace", "leave the base away")
-        known = str(base) in preset_paths()
         change = str(values["name"]).removeprefix(Path(extended).stem).removeprefix("-")
         values |= {
             "name": f"{Path(base).stem}-{change}",
-            "extends": str(base) if known else str(Path(base).absolute()),
+            "extends": str(_read(base)[0].absolute()),
             "paper": None,
         }
     values = _extended(values, path)
@@ -363,7 +362,7 @@ def _read(name_or_path: str | Path, *, extended_by: Path | None = None) -> tuple
     try:
         if not path.is_file():
             raise UsageError(
-                f"no preset or file '{name_or_path}'{where}{did_you_mean(str(name_or_path), names)}",
+                f"no preset or file '{name_or_path}'{where}{did_you_mean(Path(name_or_path).name, names)}",
                 "see: lsag presets",
             )
         if path.stat().st_size > MAX_PRESET_BYTES:

@@ -265,7 +265,7 @@ def test_what_cannot_be_extended_is_refused(tmp_path, extends, words):
 def test_a_base_needs_something_that_extends():
     with pytest.raises(UsageError, match="extends no preset that cifar-nano could replace"):
         load_preset("cifar-tiny", base="cifar-nano")
-    with pytest.raises(UsageError, match=r"no preset or file.*did you mean 'cifar-nano'"):
+    with pytest.raises(UsageError, match=r"^no preset or file 'cifar-nan', did you mean 'cifar-nano'"):
         load_preset("cifar-tiny-a", base="cifar-nan")
     with pytest.raises(UsageError, match="unknown key extends"):
         load_preset("cifar-tiny", {"extends": "cifar-nano"})
