@@ -75,9 +75,7 @@ def test_attention_is_that_of_torch(queries):
 @pytest.mark.skipif(lsag.onednn._onednn is None, reason="no oneDNN here")
 def test_attention_keeps_no_weights():
     query, key, value, kept = *torch.randn(3, 1, 1, 300, 8, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda saved: kept.append(saved.shape) or saved, lambda saved: saved
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape) or saved, lambda saved: saved):
         attention(query, key, value)
     assert kept == [(1, 1, 300, 8)] * 3
 
