@@ -71,13 +71,13 @@ class ShiftEmbedding(nn.Module):
         row_bytes = side * len(self.shifts) * dim * 4
         return max(1, num_bytes // (side * row_bytes)), min(side, max(1, num_bytes // row_bytes))
 
-    def bands(self, canvas: Tensor, num_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Cut the canvas into what `num_rows` rows of tokens see, with the positions of these tokens."""
+    def bands(self, canvas: Tensor, num_rows: int) -> Iterator[Tensor]:
+        """Cut the canvas into what each `num_rows` rows of tokens see."""
         (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
         side = (self.canvas_size - kernel) // stride + 1
         for first in range(0, side, num_rows):
             last = min(first + num_rows, side)
-            yield canvas[:, :, first * stride : (last - 1) * stride + kernel], self.pos[first * side : last * side]
+            yield canvas[:, :, first * stride : (last - 1) * stride + kernel]
 
     def canvas(self, images: Tensor) -> Tensor:
         """The shifted copies side by side in the channels: (B, C, height, width) -> (B, T * C, canvas, canvas)."""
@@ -158,10 +158,10 @@ class GlobalAttention(Attention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, N, D), and (B, K, M, d) twice -> (B, N, D)."""
         kv_heads, group, tokens = self.num_kv_heads, self.num_heads // self.num_kv_heads, query.shape[1]
-        # The G query heads of a key/value head stand one after the other on the token axis: nothing is repeated.
-        query = query.unflatten(2, (kv_heads, group, self.head_dim)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        # The G query heads of a key/value head are G queries a token: nothing is repeated, and for K = 1 nothing moved.
+        query = query.unflatten(2, (kv_heads, group, self.head_dim)).transpose(1, 2).flatten(2, 3)
         out = attention(query, key, value)
-        return self.proj(out.unflatten(2, (group, tokens)).permute(0, 3, 1, 2, 4).flatten(2))
+        return self.proj(out.unflatten(2, (tokens, group)).transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor, token: int) -> Tensor:
         """How much each head of one token attends to each token: (B, N, D) -> (B, H, N)."""
@@ -251,23 +251,27 @@ class LocalBlock(Block):
     def forward(self, images: Tensor, embed: ShiftEmbedding, norm1: nn.Module, norm2: nn.Module) -> Tensor:  # type: ignore[override]
         """(B, C, height, width) -> (B, N, D)."""
 
-        def attend(canvas: Tensor, pos: Tensor) -> Tensor:
+        def attend(kept: Tensor, canvas: Tensor, pos: Tensor) -> Tensor:
             variants = embed(canvas, pos)
-            return torch.cat([variants[:, :, 0], self.attn(norm1(variants))], dim=2)
+            return torch.addcmul(variants[:, :, 0], kept, self.attn(norm1(variants)))
 
-        canvas = embed.canvas(images)
+        canvas, kept = embed.canvas(images), self.drop_path(images.new_ones(images.shape[0], 1, 1))
         if self.chunk_bytes is None or torch.compiler.is_compiling():  # a graph for any batch, fused by its compiler
-            both = self.remember(attend, canvas, embed.pos)
+            x = self.remember(attend, kept, canvas, embed.pos)
         else:
             scale = 1 if images.device.type == "cpu" else GPU_CHUNKS
             num_images, num_rows = embed.chunk_size(self.chunk_bytes * scale)
+            # Split once, not per image: the gradient of a slice is as large as the whole.
+            positions = embed.pos.split(num_rows * math.isqrt(len(embed.pos)))
             some = (
-                [self.remember(attend, *band) for band in embed.bands(images, num_rows)]
-                for images in canvas.split(num_images)
+                [
+                    self.remember(attend, kept, band, pos)
+                    for band, pos in zip(embed.bands(canvas, num_rows), positions, strict=True)
+                ]
+                for canvas, kept in zip(canvas.split(num_images), kept.split(num_images), strict=True)
             )
-            both = torch.cat([torch.cat(bands, dim=1) for bands in some])
-        x, attended = both.chunk(2, dim=2)
-        return self.remember(lambda x: self.feed(x, norm2), x + self.drop_path(attended))
+            x = torch.cat([torch.cat(bands, dim=1) for bands in some])
+        return self.remember(lambda x: self.feed(x, norm2), x)
 
 
 class ConvBlock(Block):

@@ -5,6 +5,7 @@ GMACs/s against 101 to 109. The operator is one that torch.compile calls on a CP
 """
 
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,15 +46,9 @@ def mlp(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q k / sqrt(d)) v for each image and head: (B, H, M, d), (B, H, N, d), (B, H, N, d) -> (B, H, M, d)."""
-    if not _serves(query, key) or key.shape[2] < ATTENTION_KEYS or torch.is_grad_enabled():
+    if not _serves(query, key) or key.shape[2] < ATTENTION_KEYS:
         return F.scaled_dot_product_attention(query, key, value)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    heads = (tensor.contiguous().flatten(0, 1) for tensor in (query * query.shape[3] ** -0.5, key, value))
-    for rows, keys, values, result in zip(*heads, out.flatten(0, 1), strict=True):
-        for some, place in zip(rows.split(ATTENTION_ROWS), result.split(ATTENTION_ROWS), strict=True):
-            weights = _product(some, keys)
-            place.copy_(_product(torch.softmax(weights, dim=-1, out=weights), values.T))
-    return out
+    return _Attention.apply(query, key, value) if torch.is_grad_enabled() else _attention(query, key, value)
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:
@@ -114,6 +109,54 @@ class _GeluLinear(torch.autograd.Function):
         grad_x = _product(grad, weight.T)
         torch.ops.aten.gelu_backward(grad_x, x, grad_input=grad_x)
         return grad_x, grad_weight, grad.flatten(0, -2).sum(0)
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps queries, keys and values; the weights are computed once more in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        return _attention(query, key, value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        query, key, value = ctx.saved_tensors
+        scale = query.shape[3] ** -0.5
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for queries, keys, values, grads, of_queries, of_keys, of_values in _heads(
+            query, key, value, grad, grad_query, grad_key, grad_value
+        ):
+            keys, values = keys.contiguous(), values.contiguous()
+            for some, grad_out, place in zip(
+                *(t.split(ATTENTION_ROWS) for t in (queries, grads, of_queries)), strict=True
+            ):
+                some, grad_out = some * scale, grad_out.contiguous()
+                weights = _product(some, keys)
+                torch.softmax(weights, dim=-1, out=weights)
+                of_values += _weight_grad(grad_out, weights)
+                grad_weights = _product(grad_out, values)
+                torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype, grad_input=grad_weights)
+                of_keys += _weight_grad(some, grad_weights)
+                place.copy_(_product(grad_weights, keys.T).mul_(scale))
+        return grad_query, grad_key, grad_value
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scale = query.shape[3] ** -0.5
+    out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    for queries, keys, values, result in _heads(query, key, value, out):
+        keys, values = keys.contiguous(), values.contiguous()
+        for some, place in zip(queries.split(ATTENTION_ROWS), result.split(ATTENTION_ROWS), strict=True):
+            weights = _product(some * scale, keys)
+            place.copy_(_product(torch.softmax(weights, dim=-1, out=weights), values.T))
+    return out
+
+
+def _heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """What belongs to one head of one image, from tensors (B, H, N, d) -> (N, d) of each."""
+    return zip(*([head for image in tensor for head in image] for tensor in tensors), strict=True)
 
 
 def _weight_grad(x: Tensor, grad: Tensor) -> Tensor:

@@ -58,12 +58,26 @@ def test_only_what_it_serves_goes_through_onednn(monkeypatch):
 @pytest.mark.parametrize("queries", [1, 300, 1500])
 def test_attention_is_that_of_torch(queries):
     """Heads that stand apart in memory, as the model has them, and more queries than are treated at a time."""
-    query = torch.randn(2, queries, 3, 8).transpose(1, 2)
-    key, value = torch.randn(2, 300, 2, 3, 8).permute(2, 0, 3, 1, 4)
+    query = torch.randn(2, queries, 3, 8).transpose(1, 2).requires_grad_()
+    key, value = torch.randn(2, 300, 2, 3, 8, requires_grad=True).permute(2, 0, 3, 1, 4)
+    leaves, found = (query, key, value), attention(query, key, value)
     expected = nn.functional.scaled_dot_product_attention(query, key, value)
     with torch.inference_mode():
         torch.testing.assert_close(attention(query, key, value), expected)
-    torch.testing.assert_close(attention(query, key, value), expected)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn(2, queries, 3, 8).transpose(1, 2)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(lsag.onednn._onednn is None, reason="no oneDNN here")
+def test_attention_keeps_no_weights():
+    query, key, value, kept = *torch.randn(3, 1, 1, 300, 8, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape) or saved, lambda saved: saved):
+        attention(query, key, value)
+    assert kept == [(1, 1, 300, 8)] * 3
 
 
 @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
