@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from packaging.version import Version
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, dispatch_clip_grad
@@ -70,7 +71,7 @@ SCRIPTS = {"drop_rate": 0.0, "drop_block_rate": None, "global_pool": None, "bn_m
 """What timm's train.py gives to every model."""
 
 
-@pytest.mark.skipif(not hasattr(timm.models, "resolve_model_input_args"), reason="timm's scripts were others then")
+@pytest.mark.skipif(Version(timm.__version__) < Version("1.0.31"), reason="timm's scripts were others then")
 @pytest.mark.parametrize("channels", [3, 1])
 def test_it_trains_as_timms_scripts_train(channels, tmp_path):
     """The calls of train.py and validate.py of timm 1.0.31, which are not in its package."""
