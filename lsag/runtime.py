@@ -100,8 +100,8 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = self._threads
-        # Torch is idle while the session runs; spinning threads would only keep cores from the loader.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Threads wait for each other awake during a call, which is some percent faster, but not after it.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if provider != "cpu":
             onnxruntime.preload_dlls()
