@@ -48,11 +48,19 @@ class ShiftEmbedding(nn.Module):
 
         Positions are (n, T, D), or (n, 1, D) for all variants.
         """
-        num_variants = len(self.shifts)
-        # Channels last, the result is already laid out as (B, n, T * D): nothing large is ever transposed.
-        canvas = canvas.contiguous(memory_format=torch.channels_last)
-        x = F.conv2d(canvas, *self.kernels(), self.conv.stride, groups=num_variants)
-        return self.norm(x.flatten(2).transpose(1, 2).unflatten(2, (num_variants, -1))) + pos
+        variants, (weight, bias), stride = len(self.shifts), self.kernels(), self.conv.stride
+        if torch.onnx.is_in_onnx_export():
+            # For onnxruntime, where groups are slow, and so is bringing their result to channels last.
+            canvas = canvas.unflatten(1, (variants, -1))
+            weight, bias = weight.unflatten(0, (variants, -1)), bias.unflatten(0, (variants, -1))
+            maps = [F.conv2d(canvas[:, t], weight[t], bias[t], stride) for t in range(variants)]
+            x = torch.stack([each.permute(0, 2, 3, 1) for each in maps], dim=3).flatten(1, 2)
+        else:
+            # Channels last, the result is already laid out as (B, n, T * D): nothing large is ever transposed.
+            canvas = canvas.contiguous(memory_format=torch.channels_last)
+            x = F.conv2d(canvas, weight, bias, stride, groups=variants)
+            x = x.flatten(2).transpose(1, 2).unflatten(2, (variants, -1))
+        return self.norm(x) + pos
 
     def kernels(self) -> tuple[Tensor, Tensor]:
         """Weights (T * D, C, kernel, kernel) and biases (T * D) of the variants, which may be T times the same."""
@@ -143,6 +151,8 @@ class LocalAttention(Attention):
 
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
     """(B, N, K, G, a) with a matrix for each key/value head, (K, a, b) -> (B, N, K, G, b)."""
+    if len(weight) == 1:
+        return linear(x, weight[0].T)
     batch, tokens, _, group, _ = x.shape
     return (x.permute(2, 0, 1, 3, 4).flatten(1, 3) @ weight).unflatten(1, (batch, tokens, group)).permute(1, 2, 0, 3, 4)
 
