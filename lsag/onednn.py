@@ -20,6 +20,8 @@ _onednn = (
 )
 
 
+HIDDEN_BYTES = 2**23
+"""Of an MLP's hidden layer that exist at a time in inference: 3 % faster than all at once; with half 2 % slower."""
 ATTENTION_ROWS = 1024
 """Queries whose weights exist at a time."""
 ATTENTION_KEYS = 256
@@ -41,7 +43,11 @@ def mlp(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
         return second(F.gelu(first(x)))
     if torch.is_grad_enabled():
         return _GeluLinear.apply(first(x), second.weight, second.bias)
-    return _product(_product(x, first.weight, first.bias, "gelu"), second.weight, second.bias)
+    parts = [
+        _product(_product(rows, first.weight, first.bias, "gelu"), second.weight, second.bias)
+        for rows in x.flatten(0, -2).split(max(1, HIDDEN_BYTES // (4 * len(first.weight))))
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unflatten(0, x.shape[:-1])
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
