@@ -281,7 +281,7 @@ class LocalBlock(Block):
                 for canvas, kept in zip(canvas.split(num_images), kept.split(num_images), strict=True)
             )
             x = torch.cat([torch.cat(bands, dim=1) for bands in some])
-        return self.remember(lambda x: self.feed(x, norm2), x)
+        return self.feed(x, norm2)
 
 
 class ConvBlock(Block):

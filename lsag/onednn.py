@@ -41,13 +41,8 @@ def mlp(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
     """Linear, GELU, linear: (..., D) -> (..., D)."""
     if not _serves(x, first.weight):
         return second(F.gelu(first(x)))
-    if torch.is_grad_enabled():
-        return _GeluLinear.apply(first(x), second.weight, second.bias)
-    parts = [
-        _product(_product(rows, first.weight, first.bias, "gelu"), second.weight, second.bias)
-        for rows in x.flatten(0, -2).split(max(1, HIDDEN_BYTES // (4 * len(first.weight))))
-    ]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unflatten(0, x.shape[:-1])
+    inputs = x, first.weight, first.bias, second.weight, second.bias
+    return _MLP.apply(*inputs) if torch.is_grad_enabled() else _mlp(*inputs)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -98,23 +93,44 @@ class _Linear(torch.autograd.Function):
         )
 
 
-class _GeluLinear(torch.autograd.Function):
-    """The product with GELU(x), which is computed once more in the backward: it is the largest tensor of a block."""
+class _MLP(torch.autograd.Function):
+    """Keeps its input alone; the hidden layer, the largest tensor of a block, is computed once more in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product(F.gelu(x), weight, bias)
+    def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight1, bias1, weight2)
+        return _mlp(x, weight1, bias1, weight2, bias2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_weight = _weight_grad(F.gelu(x), grad)
-        grad_x = _product(grad, weight.T)
-        torch.ops.aten.gelu_backward(grad_x, x, grad_input=grad_x)
-        return grad_x, grad_weight, grad.flatten(0, -2).sum(0)
+        x, weight1, bias1, weight2 = ctx.saved_tensors
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        grad_weight1, grad_bias1, grad_weight2 = (torch.zeros_like(t) for t in (weight1, bias1, weight2))
+        rows = (t.flatten(0, -2).split(_chunk(weight1)) for t in (x, grad.contiguous(), grad_x))
+        for some, grad_out, place in zip(*rows, strict=True):
+            hidden = _product(some, weight1, bias1)
+            grad_weight2 += _weight_grad(F.gelu(hidden), grad_out)
+            grad_hidden = _product(grad_out, weight2.T)
+            torch.ops.aten.gelu_backward(grad_hidden, hidden, grad_input=grad_hidden)
+            grad_weight1 += _weight_grad(some, grad_hidden)
+            grad_bias1 += grad_hidden.sum(0)
+            place.copy_(_product(grad_hidden, weight1.T))
+        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad.flatten(0, -2).sum(0)
+
+
+def _mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    parts = [
+        _product(_product(rows, weight1, bias1, "gelu"), weight2, bias2)
+        for rows in x.flatten(0, -2).split(_chunk(weight1))
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unflatten(0, x.shape[:-1])
+
+
+def _chunk(weight1: Tensor) -> int:
+    """How many rows have a hidden layer of HIDDEN_BYTES."""
+    return max(1, HIDDEN_BYTES // (4 * len(weight1)))
 
 
 class _Attention(torch.autograd.Function):
