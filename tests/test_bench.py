@@ -73,12 +73,12 @@ def test_presets_take_settings():
 
 def test_recomputing_saves_memory():
     none, local, every = (
-        bench(["cifar-nano"], mode="training", batch_size=8, device="cpu", rounds=1, recompute=which)
+        bench(["cifar-nano"], mode="training", batch_size=32, device="cpu", rounds=1, recompute=which)
         .results[0]
         .peak_memory
         for which in ("none", "local", "all")
     )
-    assert every < 0.98 * local < 0.9 * none
+    assert every < 0.9 * local < 0.75 * none
 
 
 @pytest.mark.parametrize("settings", ["img_size=(32,32)", "in_chans=1"])
