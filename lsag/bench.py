@@ -146,7 +146,7 @@ def bench(
     }
     side = MATRIX_SIZE[on.type]
     left, right = torch.randn(2, side, side, device=on, dtype=dtype)
-    turns: list[Callable[[], object]] = [*runs, *singles.values(), lambda: linear(left, right)]
+    turns: list[Callable[[], object]] = [*runs, *singles.values(), torch.inference_mode()(lambda: linear(left, right))]
     repeats = [LATENCY_TURNS if run in singles.values() else 1 for run in turns]
     memory = [tensor_memory(contender, run, mode, on) for contender, run in zip(contenders, runs, strict=True)]
     for run in turns:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
 from lsag.config import SWIN_WINDOW, ModelConfig, StageConfig
-from lsag.onednn import Linear, attention, linear, mlp
+from lsag.onednn import Linear, attention, linear, mlp, serves
 
 # The release's value; the paper names none.
 NORM_EPS = 1e-6
@@ -281,7 +281,10 @@ class LocalBlock(Block):
                 for canvas, kept in zip(canvas.split(num_images), kept.split(num_images), strict=True)
             )
             x = torch.cat([torch.cat(bands, dim=1) for bands in some])
-        return self.feed(x, norm2)
+        # Through oneDNN the MLP keeps its input alone in any case.
+        if serves(x, self.mlp[0].weight):  # type: ignore[arg-type]
+            return self.feed(x, norm2)
+        return self.remember(lambda x: self.feed(x, norm2), x)
 
 
 class ConvBlock(Block):

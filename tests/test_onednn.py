@@ -25,6 +25,12 @@ INPUTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def everything_through_onednn(monkeypatch):
+    """As where MKL has half of the processor, whatever this one is."""
+    monkeypatch.setattr(lsag.onednn, "MKL_HAS_HALF", True)
+
+
 @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
 @pytest.mark.parametrize("wide", [9, 3])
 @pytest.mark.parametrize("bias", [True, False])
@@ -58,6 +64,46 @@ def test_only_what_it_serves_goes_through_onednn(monkeypatch):
     assert layer.to("meta")(x.to("meta")).device.type == "meta"
     plain(LSAG(small_config())).forward(torch.randn(1, 3, 12, 12))
     assert not calls
+
+
+@needs_onednn
+def test_elsewhere_attention_and_gradients_are_left_to_torch(monkeypatch):
+    calls = []
+    real = lsag.onednn._onednn
+    monkeypatch.setattr(lsag.onednn, "MKL_HAS_HALF", False)
+    monkeypatch.setattr(lsag.onednn, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
+    block, x = MLP(6, 20), torch.randn(2, 6)
+    block(x)
+    query = torch.randn(1, 1, 300, 8)
+    with torch.inference_mode():
+        attention(query, query, query)
+        assert not calls
+        block(x)
+    assert len(calls) == 2
+
+
+PROCESSORS = {
+    "Zen 5": ("AuthenticAMD", 26, "AVX512", True),
+    "Zen 5 without AVX-512": ("AuthenticAMD", 26, "AVX2", False),
+    "Zen 4": ("AuthenticAMD", 25, "AVX512", False),
+    "another maker": ("GenuineIntel", 26, "AVX512", False),
+}
+
+
+@pytest.mark.parametrize(("vendor", "family", "vectors", "expected"), PROCESSORS.values(), ids=PROCESSORS)
+def test_where_mkl_has_half(monkeypatch, vendor, family, vectors, expected):
+    text = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n"
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: text)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: vectors)
+    assert lsag.onednn._mkl_has_half() is expected
+
+
+def test_where_nothing_says_what_the_processor_is(monkeypatch):
+    def read(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("pathlib.Path.read_text", read)
+    assert not lsag.onednn._mkl_has_half()
 
 
 @pytest.mark.parametrize("queries", [1, 300, 1500])
