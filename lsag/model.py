@@ -72,12 +72,16 @@ class ShiftEmbedding(nn.Module):
         """The unshifted variant alone, for a first block that looks at no other: (B, C, height, width) -> (B, N, D)."""
         return self(self.canvas(images), self.pos)[:, :, 0]
 
-    def chunk_size(self, num_bytes: int) -> tuple[int, int]:
-        """How many images, and how many rows of tokens of each, have variants that take about `num_bytes` in fp32."""
+    def chunk_size(self, batch: int, num_bytes: int) -> tuple[int, int]:
+        """How many images, and how many rows of tokens of each, have variants that take about `num_bytes` in fp32.
+
+        Rather many images, as they share the positions of a row.
+        """
         num_tokens, _, dim = self.pos.shape
         side = math.isqrt(num_tokens)
-        row_bytes = side * len(self.shifts) * dim * 4
-        return max(1, num_bytes // (side * row_bytes)), min(side, max(1, num_bytes // row_bytes))
+        num_rows = max(1, num_bytes // (side * len(self.shifts) * dim * 4))  # of all images together
+        num_images = max(1, min(batch, num_rows))
+        return num_images, min(side, num_rows // num_images)
 
     def bands(self, canvas: Tensor, num_rows: int) -> Iterator[Tensor]:
         """Cut the canvas into what each `num_rows` rows of tokens see."""
@@ -270,7 +274,7 @@ class LocalBlock(Block):
             x = self.remember(attend, kept, canvas, embed.pos)
         else:
             scale = 1 if images.device.type == "cpu" else GPU_CHUNKS
-            num_images, num_rows = embed.chunk_size(self.chunk_bytes * scale)
+            num_images, num_rows = embed.chunk_size(images.shape[0], self.chunk_bytes * scale)
             # Split once, not per image: the gradient of a slice is as large as the whole.
             positions = embed.pos.split(num_rows * math.isqrt(len(embed.pos)))
             some = (
