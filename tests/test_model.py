@@ -41,13 +41,15 @@ def test_agrees_with_a_literal_reading_of_the_paper(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("chunk", ["all", "two rows", "two images"])
+@pytest.mark.parametrize("chunk", ["all", "a row", "a row of two images", "rows of all images"])
 def test_chunks_and_the_released_formulation_give_the_same(config, chunk):
     """Also where rows or images are left over, and with the local block computed again in the backward."""
     model = randomise(LSAG(config.model_copy(update={"drop_path": 0.0}))).train()
     released, batch = plain(model), images(3, config)
-    block, row = model.stages[0].blocks[0], 4 * model.embed.pos[0].numel() * config.grid_sizes[0]
-    block.chunk_bytes = {"all": None, "two rows": 2 * row + 1, "two images": 2 * row * config.grid_sizes[0]}[chunk]
+    block, side = model.stages[0].blocks[0], config.grid_sizes[0]
+    num_rows = {"a row": 1, "a row of two images": 2, "rows of all images": 3 * (side // 2 + 1)}
+    row_bytes = 4 * side * config.num_variants * config.stages[0].embed_dim
+    block.chunk_bytes = None if chunk == "all" else num_rows[chunk] * row_bytes
     expected = released(batch)
     expected.square().sum().backward()
     largest = max(parameter.grad.abs().max() for parameter in released.parameters())
