@@ -1,9 +1,9 @@
 """Linear layers and attention; on an x86 CPU through oneDNN, which is in torch, but which torch does not use in fp32.
 
-It leaves fp32 products to MKL, which keeps to AVX2 on AMD's processors. From Zen 5 on these do twice as much: there
-oneDNN takes half the time (191 to 235 GMACs/s against 101 to 109), and has attention and gradients too. On Zen 4 (107
-against 86) only inference gains, 3 to 8 %: attention through oneDNN costs as much again, gradients cost 3 to 10 %. The
-operator is one that torch.compile calls on a CPU.
+It leaves fp32 products to MKL, which does not use AVX-512 on AMD's processors. From Zen 5 on that is half of what they
+can do: there oneDNN takes half the time (191 to 235 GMACs/s against 101 to 109), and has attention and gradients too.
+On Zen 4 (107 against 86) inference gains 1 to 9 %, but attention through oneDNN would cost 2 to 10 % of it, and
+gradients 3 to 10 % of a training step. The operator is one that torch.compile calls on a CPU.
 """
 
 import platform
@@ -47,7 +47,7 @@ ATTENTION_ROWS = 1024
 ATTENTION_KEYS = 256
 """With fewer keys torch's fused attention is as fast or faster. With 1024 it takes 1.6 times as long, with 3136 1.5.
 
-On Zen 4 it takes 0.85 and 0.9 times as long.
+On Zen 4 it takes 0.9 times as long with either.
 """
 
 
