@@ -23,7 +23,7 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
 def shared(name: str) -> Path:
-    """A file of the optional material beside the checkout; a test is skipped where all of it is absent, not one file."""
+    """A file of the optional material beside the checkout; a test is skipped where all of it is absent, not a file."""
     if not (SHARED / "design").is_dir():
         pytest.skip("the shared material is not beside this checkout")
     return SHARED / name
