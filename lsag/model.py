@@ -32,7 +32,8 @@ class ShiftEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.shifts = config.shifts
-        self.mode = "reflect" if config.variants == "translation" else config.shift_mode
+        self.padding_mode = "reflect" if config.variants == "translation" else "circular"
+        self.extend = config.variants != "translation" and config.shift_mode == "extend"
         self.padding = config.patch_padding
         side, stride, kernel = config.grid_sizes[0], config.patch_stride, config.patch_kernel
         self.canvas_size = (side - 1) * stride + kernel
@@ -43,34 +44,37 @@ class ShiftEmbedding(nn.Module):
         self.pos = nn.Parameter(torch.zeros(side * side, 1 if config.position == "shared" else num_variants, dim))
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if config.local == "cvt" else nn.Identity()
 
-    def forward(self, canvas: Tensor, pos: Tensor) -> Tensor:
-        """Rows of the canvas (B, T * C, height, canvas), and the positions of its tokens -> (B, n, T, D).
+    def forward(self, canvas: Tensor, pos: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+        """Rows of the canvas (T, B, C, height, canvas), and the positions of its tokens -> (B, n, T, D).
 
-        Positions are (n, T, D), or (n, 1, D) for all variants.
+        Positions are (n, T, D), or (n, 1, D) for all variants; `matrices` are what the method of this name gives.
         """
-        variants, (weight, bias), stride = len(self.shifts), self.kernels(), self.conv.stride
-        if torch.onnx.is_in_onnx_export():
-            # For onnxruntime, where groups are slow, and so is bringing their result to channels last.
-            canvas = canvas.unflatten(1, (variants, -1))
-            weight, bias = weight.unflatten(0, (variants, -1)), bias.unflatten(0, (variants, -1))
-            maps = [F.conv2d(canvas[:, t], weight[t], bias[t], stride) for t in range(variants)]
+        (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
+        if torch.onnx.is_in_onnx_export():  # onnxruntime is faster with convolutions
+            maps = [F.conv2d(*each, stride) for each in zip(canvas, *self.kernels(), strict=True)]
             x = torch.stack([each.permute(0, 2, 3, 1) for each in maps], dim=3).flatten(1, 2)
-        else:
-            # Channels last, the result is already laid out as (B, n, T * D): nothing large is ever transposed.
-            canvas = canvas.contiguous(memory_format=torch.channels_last)
-            x = F.conv2d(canvas, weight, bias, stride, groups=variants)
-            x = x.flatten(2).transpose(1, 2).unflatten(2, (variants, -1))
-        return self.norm(x) + pos
+            return self.norm(x) + pos
+        weight, bias = matrices
+        patches = canvas.unfold(3, kernel, stride).unfold(4, kernel, stride).permute(0, 1, 3, 4, 5, 6, 2)
+        x = torch.baddbmm(bias, patches.flatten(4).flatten(1, 3), weight)
+        # In memory a sum is laid out as its first term: the variants of a token side by side.
+        return pos + self.norm(x.unflatten(1, (canvas.shape[1], -1)).permute(1, 2, 0, 3))
 
     def kernels(self) -> tuple[Tensor, Tensor]:
-        """Weights (T * D, C, kernel, kernel) and biases (T * D) of the variants, which may be T times the same."""
-        times, bias = len(self.shifts) // self.conv.groups, self.conv.bias
+        """Weights (T, D, C, kernel, kernel) and biases (T, D) of the variants, which may be T times the same."""
+        variants, dim, bias = len(self.shifts), self.conv.out_channels // self.conv.groups, self.conv.bias
         assert bias is not None
-        return (self.conv.weight, bias) if times == 1 else (self.conv.weight.repeat(times, 1, 1, 1), bias.repeat(times))
+        weight, bias = self.conv.weight.unflatten(0, (-1, dim)), bias.unflatten(0, (-1, dim))
+        return weight.expand(variants, -1, -1, -1, -1), bias.expand(variants, -1)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """The kernels as matrices (T, kernel * kernel * C, D), and their biases (T, 1, D)."""
+        weight, bias = self.kernels()
+        return weight.permute(0, 3, 4, 2, 1).flatten(1, 3), bias.unsqueeze(1)
 
     def tokens(self, images: Tensor) -> Tensor:
         """The unshifted variant alone, for a first block that looks at no other: (B, C, height, width) -> (B, N, D)."""
-        return self(self.canvas(images), self.pos)[:, :, 0]
+        return self(self.canvas(images), self.pos, self.matrices())[:, :, 0]
 
     def chunk_size(self, batch: int, num_bytes: int) -> tuple[int, int]:
         """How many images, and how many rows of tokens of each, have variants that take about `num_bytes` in fp32.
@@ -89,31 +93,26 @@ class ShiftEmbedding(nn.Module):
         side = (self.canvas_size - kernel) // stride + 1
         for first in range(0, side, num_rows):
             last = min(first + num_rows, side)
-            yield canvas[:, :, first * stride : (last - 1) * stride + kernel]
+            yield canvas[..., first * stride : (last - 1) * stride + kernel, :]
 
     def canvas(self, images: Tensor) -> Tensor:
-        """The shifted copies side by side in the channels: (B, C, height, width) -> (B, T * C, canvas, canvas)."""
-        return torch.cat([self.shift(images, px, py) for px, py in self.shifts], dim=1)
+        """The shifted copies, each on the zero-padded canvas of the convolution; channels last in memory.
 
-    def shift(self, images: Tensor, px: int, py: int) -> Tensor:
-        """Move the content px to the right and py down, and lay it on the zero-padded canvas of the convolution.
-
-        What moves in is what moved out, or the content beside the edge, mirrored. (B, C, height, width) ->
-        (B, C, canvas, canvas).
+        Content moves px to the right and py down. What moves in is what moved out, or the content beside the edge,
+        mirrored. (B, C, height, width) -> (T, B, C, canvas, canvas).
         """
-        if self.mode == "roll":
-            moved = images.roll((py, px), dims=(2, 3))
-        elif self.mode == "reflect":
-            height, width = images.shape[2:]
-            wider = F.pad(images, (max(px, 0), max(-px, 0), max(py, 0), max(-py, 0)), mode="reflect")
-            moved = wider[:, :, max(-py, 0) :, max(-px, 0) :][:, :, :height, :width]
-        else:
-            # Departure: the release grows the image instead of rolling it, so that with kernel 9 the last row and
-            # column of tokens see what a rolled image would have lost.
-            moved = F.pad(images, (px, 0, py, 0), mode="circular")
-        height, width = moved.shape[2:]
-        before = self.padding
-        return F.pad(moved, (before, self.canvas_size - before - width, before, self.canvas_size - before - height))
+        reach, before = max(abs(pixels) for shift in self.shifts for pixels in shift), self.padding
+        height, width = images.shape[2:]
+        wider = F.pad(images, (reach,) * 4, mode=self.padding_mode).contiguous(memory_format=torch.channels_last)
+        copies = []
+        for px, py in self.shifts:
+            # Departure: the release ("extend") lets the image grow, so that with kernel 9 the last row and column of
+            # tokens see what a rolled image would have lost.
+            cut_x, cut_y = (0, 0) if self.extend else (px, py)
+            moved = wider[:, :, reach - py : reach - cut_y + height, reach - px : reach - cut_x + width]
+            below, beside = (self.canvas_size - before - size for size in moved.shape[2:])
+            copies.append(F.pad(moved, (before, beside, before, below)))
+        return torch.cat(copies).unflatten(0, (len(copies), -1))
 
 
 class Attention(nn.Module):
@@ -266,9 +265,10 @@ class LocalBlock(Block):
         """(B, C, height, width) -> (B, N, D)."""
 
         def attend(kept: Tensor, canvas: Tensor, pos: Tensor) -> Tensor:
-            variants = embed(canvas, pos)
+            variants = embed(canvas, pos, matrices)
             return torch.addcmul(variants[:, :, 0], kept, self.attn(norm1(variants)))
 
+        matrices = embed.matrices()
         canvas, kept = embed.canvas(images), self.drop_path(images.new_ones(images.shape[0], 1, 1))
         if self.chunk_bytes is None or torch.compiler.is_compiling():  # a graph for any batch, fused by its compiler
             x = self.remember(attend, kept, canvas, embed.pos)
@@ -282,7 +282,7 @@ class LocalBlock(Block):
                     self.remember(attend, kept, band, pos)
                     for band, pos in zip(embed.bands(canvas, num_rows), positions, strict=True)
                 ]
-                for canvas, kept in zip(canvas.split(num_images), kept.split(num_images), strict=True)
+                for canvas, kept in zip(canvas.split(num_images, dim=1), kept.split(num_images), strict=True)
             )
             x = torch.cat([torch.cat(bands, dim=1) for bands in some])
         # Through oneDNN the MLP keeps its input alone in any case.

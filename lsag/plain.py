@@ -15,13 +15,11 @@ from lsag.onednn import Linear
 
 
 class _PlainEmbedding(ShiftEmbedding):
-    def forward(self, canvas: Tensor, pos: Tensor) -> Tensor:
-        """Rows of the canvas (B, T * C, height, canvas), and the positions of its tokens -> (B, n, T, D)."""
-        num_variants = len(self.shifts)
-        kernels = (tensor.chunk(num_variants) for tensor in self.kernels())
+    def forward(self, canvas: Tensor, pos: Tensor, matrices: object) -> Tensor:
+        """Rows of the canvas (T, B, C, height, canvas), and the positions of its tokens -> (B, n, T, D)."""
         variants = [
-            F.conv2d(shifted, weight, bias, self.conv.stride).flatten(2).transpose(1, 2)
-            for shifted, weight, bias in zip(canvas.chunk(num_variants, dim=1), *kernels, strict=True)
+            F.conv2d(shifted.contiguous(), weight, bias, self.conv.stride).flatten(2).transpose(1, 2)
+            for shifted, weight, bias in zip(canvas, *self.kernels(), strict=True)
         ]
         return self.norm(torch.stack(variants, dim=2)) + pos
 

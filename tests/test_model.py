@@ -123,7 +123,7 @@ def test_extending_and_rolling_differ_only_for_kernel_9():
     for kernel, padding, same in ((9, 1, False), (7, 0, True)):
         change = {"patch_kernel": kernel, "patch_padding": padding}
         embeds = [randomise(LSAG(config.model_copy(update=change))).embed for config in (rolled, extended)]
-        a, b = (embed(embed.canvas(batch), embed.pos) for embed in embeds)
+        a, b = (embed(embed.canvas(batch), embed.pos, embed.matrices()) for embed in embeds)
         differs = (a - b).abs().amax(dim=(0, 2, 3)).view(4, 4) > 1e-6
         assert not differs[:3, :3].any()
         assert bool(differs[3].any() or differs[:, 3].any()) is not same
@@ -256,11 +256,11 @@ def test_every_preset_builds_and_runs(name):
 @pytest.mark.parametrize("shift", [(0, 0), (2, 0), (0, 1), (-3, 0), (0, -2), (2, -1), (-1, 2)])
 def test_translation_reflects_what_moves_in(shift):
     px, py = shift
-    embed = LSAG(small_config(variants="translation", patch_padding=0)).embed
+    embed = LSAG(small_config(variants="translation", patch_padding=0, shifts=((0, 0), shift))).embed
     batch = images(2, small_config())
     wide = np.pad(batch.numpy(), ((0, 0), (0, 0), (5, 5), (5, 5)), mode="reflect")
     expected = wide[:, :, 5 - py : 17 - py, 5 - px : 17 - px]
-    np.testing.assert_array_equal(embed.shift(batch, px, py).numpy(), expected)
+    np.testing.assert_array_equal(embed.canvas(batch)[1].numpy(), expected)
 
 
 def test_a_shared_convolution_and_shared_positions_are_own_ones_that_are_equal():
@@ -272,7 +272,7 @@ def test_a_shared_convolution_and_shared_positions_are_own_ones_that_are_equal()
         own.pos.copy_(torch.cat([shared.pos] * 18, dim=1))
     assert shared.conv.weight.shape == (8, 3, 3, 3) and shared.pos.shape == (144, 1, 8)
     canvas = shared.canvas(images(2, small_config()))
-    torch.testing.assert_close(shared(canvas, shared.pos), own(canvas, own.pos))
+    torch.testing.assert_close(*(embed(canvas, embed.pos, embed.matrices()) for embed in (shared, own)))
 
 
 def test_without_local_attention_the_first_block_is_a_global_one():

@@ -7,7 +7,7 @@ from torch import nn
 import lsag.onednn
 from lsag import LSAG
 from lsag.model import MLP
-from lsag.onednn import HIDDEN_BYTES, Linear, attention, linear
+from lsag.onednn import MLP_ROWS, Linear, attention, linear
 from lsag.plain import plain
 from tests.conftest import small_config
 
@@ -141,13 +141,13 @@ def test_the_mlp_is_that_of_torch(monkeypatch, x):
     grad = torch.randn(expected.shape)
     theirs = torch.autograd.grad(expected, leaves, grad)
     # From what was saved once, again and again; all rows at a time, two, one.
-    for num_bytes in (HIDDEN_BYTES, HIDDEN_BYTES, 160, 1):
-        monkeypatch.setattr(lsag.onednn, "HIDDEN_BYTES", num_bytes)
+    for rows in (MLP_ROWS, MLP_ROWS, 2, 1):
+        monkeypatch.setattr(lsag.onednn, "MLP_ROWS", rows)
         ours = torch.autograd.grad(found, leaves, grad, retain_graph=True)
         for mine, other in zip([found, *ours], [expected, *theirs], strict=True):
             torch.testing.assert_close(mine, other)
-    for num_bytes in (HIDDEN_BYTES, 160, 1):  # all rows at a time, two, one
-        monkeypatch.setattr(lsag.onednn, "HIDDEN_BYTES", num_bytes)
+    for rows in (MLP_ROWS, 2, 1):  # all rows at a time, two, one
+        monkeypatch.setattr(lsag.onednn, "MLP_ROWS", rows)
         with torch.inference_mode():
             torch.testing.assert_close(block(x), expected)
 
