@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lsag.checkpoint import Checkpoint
 from lsag.data import Normalize, eval_transform
 from lsag.errors import UsageError
-from lsag.model import LSAG, GlobalAttention, LocalAttention, LocalBlock
+from lsag.model import LSAG, GlobalAttention
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,19 @@ def explain(checkpoint: Checkpoint, image: Image.Image, *, point: tuple[int, int
     def remember(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         seen[module] = inputs[0]
 
-    modules = [module for module in model.modules() if isinstance(module, LocalAttention | GlobalAttention)]
-    block = model.stages[0].blocks[0]  # type: ignore[index]
-    assert isinstance(block, LocalBlock)
-    chunk_bytes, block.chunk_bytes = block.chunk_bytes, None  # all patches at once
+    modules = [module for module in model.modules() if isinstance(module, GlobalAttention)]
     hooks = [module.register_forward_pre_hook(remember) for module in modules]
+    images = Normalize(checkpoint.preset.data)(pixels[None])
     try:
-        probabilities = model(Normalize(checkpoint.preset.data)(pixels[None])).softmax(dim=1)[0]
+        probabilities = model(images).softmax(dim=1)[0]
     finally:
-        block.chunk_bytes = chunk_bytes
         for hook in hooks:
             hook.remove()
 
-    attention = block.attn
-    assert isinstance(attention, LocalAttention)
-    side = config.grid_sizes[0]
-    local = attention.weights(seen[attention])[0].permute(1, 2, 0).unflatten(2, (side, side))
+    embed, first, side = model.embed, model.stages[0], config.grid_sizes[0]
+    variants = first.norm1(embed(embed.canvas(images), embed.pos, embed.matrices()))  # type: ignore[operator]
+    weights = first.blocks[0].attn.weights(variants)  # type: ignore[union-attr, index]
+    local = weights[0].permute(1, 2, 0).unflatten(2, (side, side))
     stages: list[Tensor | None] = []
     for stage, side in zip(model.stages, config.grid_sizes, strict=True):
         last = stage.blocks[-1].attn  # type: ignore[union-attr, index]

@@ -57,8 +57,9 @@ class ShiftEmbedding(nn.Module):
         weight, bias = matrices
         patches = canvas.unfold(3, kernel, stride).unfold(4, kernel, stride).permute(0, 1, 3, 4, 5, 6, 2)
         x = torch.baddbmm(bias, patches.flatten(4).flatten(1, 3), weight)
-        # In memory a sum is laid out as its first term: the variants of a token side by side.
-        return pos + self.norm(x.unflatten(1, (canvas.shape[1], -1)).permute(1, 2, 0, 3))
+        x = self.norm(x.unflatten(1, (canvas.shape[1], -1)).permute(1, 2, 0, 3))
+        # Laid out in memory as its first term, a sum brings the variants of a token together without another copy.
+        return (pos + x).contiguous()
 
     def kernels(self) -> tuple[Tensor, Tensor]:
         """Weights (T, D, C, kernel, kernel) and biases (T, D) of the variants, which may be T times the same."""
