@@ -38,7 +38,7 @@ class ShiftEmbedding(nn.Module):
         side, stride, kernel = config.grid_sizes[0], config.patch_stride, config.patch_kernel
         self.canvas_size = (side - 1) * stride + kernel
         num_variants, dim = config.num_variants, config.stages[0].embed_dim
-        # One grouped convolution is T separate ones: group s sees the channels of variant s alone.
+        # Weights of T separate convolutions, held as a grouped one would hold them.
         groups = 1 if config.variants == "translation" else num_variants
         self.conv = nn.Conv2d(groups * config.in_channels, groups * dim, kernel, stride, groups=groups)
         self.pos = nn.Parameter(torch.zeros(side * side, 1 if config.position == "shared" else num_variants, dim))
@@ -50,11 +50,13 @@ class ShiftEmbedding(nn.Module):
         Positions are (n, T, D), or (n, 1, D) for all variants; `matrices` are what the method of this name gives.
         """
         (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
-        if torch.onnx.is_in_onnx_export():  # onnxruntime is faster with convolutions
+        if torch.onnx.is_in_onnx_export():
+            # With patches onnxruntime has 0.97 of the img/s of cifar-tiny, 0.79 of in1k-tiny's.
             maps = [F.conv2d(*each, stride) for each in zip(canvas, *self.kernels(), strict=True)]
             x = torch.stack([each.permute(0, 2, 3, 1) for each in maps], dim=3).flatten(1, 2)
             return self.norm(x) + pos
         weight, bias = matrices
+        # A product for each variant, all in one call: 4 to 8 % of in1k-tiny less time than a grouped convolution.
         patches = canvas.unfold(3, kernel, stride).unfold(4, kernel, stride).permute(0, 1, 3, 4, 5, 6, 2)
         x = torch.baddbmm(bias, patches.flatten(4).flatten(1, 3), weight)
         x = self.norm(x.unflatten(1, (canvas.shape[1], -1)).permute(1, 2, 0, 3))
