@@ -56,7 +56,7 @@ class ShiftEmbedding(nn.Module):
             x = torch.stack([each.permute(0, 2, 3, 1) for each in maps], dim=3).flatten(1, 2)
             return self.norm(x) + pos
         weight, bias = matrices
-        # A product for each variant, all in one call: 4 to 8 % of in1k-tiny less time than a grouped convolution.
+        # A product for each variant, all in one call: for in1k-tiny 4 to 5 % less time than a grouped convolution.
         patches = canvas.unfold(3, kernel, stride).unfold(4, kernel, stride).permute(0, 1, 3, 4, 5, 6, 2)
         x = torch.baddbmm(bias, patches.flatten(4).flatten(1, 3), weight)
         x = self.norm(x.unflatten(1, (canvas.shape[1], -1)).permute(1, 2, 0, 3))
