@@ -266,12 +266,12 @@ class LocalBlock(Block):
 
     def forward(self, images: Tensor, embed: ShiftEmbedding, norm1: nn.Module, norm2: nn.Module) -> Tensor:  # type: ignore[override]
         """(B, C, height, width) -> (B, N, D)."""
+        matrices = embed.matrices()  # once, not for each chunk
 
         def attend(kept: Tensor, canvas: Tensor, pos: Tensor) -> Tensor:
             variants = embed(canvas, pos, matrices)
             return torch.addcmul(variants[:, :, 0], kept, self.attn(norm1(variants)))
 
-        matrices = embed.matrices()
         canvas, kept = embed.canvas(images), self.drop_path(images.new_ones(images.shape[0], 1, 1))
         if self.chunk_bytes is None or torch.compiler.is_compiling():  # a graph for any batch, fused by its compiler
             x = self.remember(attend, kept, canvas, embed.pos)

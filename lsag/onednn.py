@@ -41,7 +41,7 @@ def _mkl_has_half() -> bool:
 
 MKL_HAS_HALF = _mkl_has_half()
 MLP_ROWS = 2048
-"""Tokens whose hidden layer exists at a time; with 682, no power of two, cifar-base's MLP takes a quarter longer."""
+"""Tokens whose hidden layer exists at a time; with 682 instead cifar-base's MLP takes a quarter longer."""
 ATTENTION_ROWS = 1024
 """Queries whose weights exist at a time."""
 ATTENTION_KEYS = 256

@@ -8,6 +8,7 @@ from PIL import Image
 
 from lsag import LSAG, load_preset
 from lsag.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
+from lsag.data import Normalize
 from lsag.errors import UsageError
 from lsag.explain import explain
 from lsag.model import GlobalAttention, LocalAttention
@@ -49,6 +50,18 @@ def test_weights_give_the_outputs(checkpoint):
                 values = attention.kv(x).unflatten(-1, (2, attention.num_kv_heads, -1))[:, :, 1]
                 out = torch.einsum("bhn,bnhd->bhd", weights, values.repeat_interleave(group, dim=2)).flatten(1)
                 torch.testing.assert_close(attention.proj(out), attention(x)[:, 4], rtol=1e-4, atol=1e-4)
+
+
+def test_the_shares_are_those_of_the_variants_that_the_model_sees(checkpoint, picture):
+    block, seen = checkpoint.model.stages[0].blocks[0], []
+    found = explain(checkpoint, picture)
+    block.chunk_bytes = None  # all variants at once
+    block.attn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    pixels = torch.from_numpy(found.pixels).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        checkpoint.model(Normalize(checkpoint.preset.data)(pixels))
+        expected = block.attn.weights(seen[0])[0]  # (N, H, T)
+    torch.testing.assert_close(found.local, expected.permute(1, 2, 0).unflatten(2, (12, 12)))
 
 
 def test_shares_add_up_and_the_model_is_left_as_it_was(checkpoint, picture):
