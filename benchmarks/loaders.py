@@ -15,9 +15,9 @@ import torch
 
 from lsag import load_preset
 from lsag.bench import image_shape, make_run, open_contender, seconds
-from lsag.data import EpochBatches, batches, train_loader
+from lsag.data.loading import EpochBatches, batches, train_loader
+from lsag.data.sources import FolderSource, open_split
 from lsag.device import available_cores, choose_device
-from lsag.sources import FolderSource, open_split
 
 BATCH = {"cifar-nano": 128}
 IMAGES = 4_096

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from lsag import LSAG, load_preset
-from lsag.optim import make_optimizer
-from lsag.run_folder import RunFolder
-from lsag.sources import unnamed_classes
-from lsag.state import Position, State
+from lsag.data.sources import unnamed_classes
+from lsag.training.optim import make_optimizer
+from lsag.training.run import RunFolder
+from lsag.training.state import Position, State
 
 WAYS = {
     "1 process, 1 thread": (["--procs", "1"], "1"),

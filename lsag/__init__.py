@@ -3,20 +3,25 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lsag.config import ModelConfig, Preset, load_preset
+from lsag.config import ModelConfig, Preset
+from lsag.presets import load_preset
 
 if TYPE_CHECKING:
     from lsag.checkpoint import load_checkpoint
-    from lsag.model import LSAG
+    from lsag.model.network import LSAG
 
 __version__ = "0.1.0"
 __all__ = ["LSAG", "ModelConfig", "Preset", "load_checkpoint", "load_preset"]
 
 # Loaded on first use: they import torch, which takes seconds.
-_LAZY = {"LSAG": "lsag.model", "load_checkpoint": "lsag.checkpoint"}
+_LAZY = {"LSAG": "lsag.model.network", "load_checkpoint": "lsag.checkpoint"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'lsag' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

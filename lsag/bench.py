@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from lsag.checkpoint import load_checkpoint, random_checkpoint
-from lsag.config import Preset, load_preset, parse_override
+from lsag.config import Preset
 from lsag.device import autocast, autocast_dtype, choose_device, peak_memory
 from lsag.errors import UsageError
-from lsag.model import LSAG
-from lsag.networks import (
+from lsag.inference.session import Session
+from lsag.model.build import (
     Recompute,
     build_model,
     count_macs,
@@ -29,10 +29,11 @@ from lsag.networks import (
     split_settings,
     timm_model,
 )
-from lsag.onednn import linear
-from lsag.paper import TABLES
-from lsag.plain import plain
-from lsag.runtime import Session
+from lsag.model.cpu import linear
+from lsag.model.network import LSAG
+from lsag.paper.released import plain
+from lsag.paper.tables import TABLES
+from lsag.presets import load_preset, parse_override
 
 MIN_SECONDS = 0.05
 """A turn runs its contender as often as takes so long, so that neither clock nor launches are what is measured."""

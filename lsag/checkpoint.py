@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lsag.config import ModelConfig, Preset, validate_preset
+from lsag.data.sources import unnamed_classes
 from lsag.errors import CheckError, DamagedError, InputError, UsageError
 from lsag.files import write_checked, writing
-from lsag.model import LSAG
-from lsag.networks import build_model
-from lsag.sources import unnamed_classes
+from lsag.model.build import build_model
+from lsag.model.network import LSAG
 
 FORMAT = 1
 

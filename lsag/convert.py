@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lsag.checkpoint import Checkpoint, save_checkpoint
 from lsag.config import ModelConfig, Preset
+from lsag.data.sources import unnamed_classes
 from lsag.errors import InputError, UsageError
-from lsag.model import LSAG
-from lsag.sources import unnamed_classes
+from lsag.model.network import LSAG
 
 _RENAMED = {
     "Wq_even": "attn.q",

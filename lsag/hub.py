@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lsag.checkpoint import Checkpoint
 from lsag.config import validate_preset
-from lsag.data import Normalize
-from lsag.networks import build_model
+from lsag.data.transforms import Normalize
+from lsag.model.build import build_model
 
 
 class Classifier(
@@ -21,7 +21,8 @@ class Classifier(
 ):
     """A model with its preprocessing and class names: `from_pretrained`, `save_pretrained` and `push_to_hub`.
 
-    Calls take uint8 images (B, C, image_size, image_size), resized and cropped by `lsag.data.eval_transform(preset)`,
+    Calls take uint8 images (B, C, image_size, image_size), resized and cropped by `eval_transform` of
+    lsag.data.transforms,
     and give logits (B, num_classes).
     """
 

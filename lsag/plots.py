@@ -15,8 +15,8 @@ from lsag.files import replacing
 
 if TYPE_CHECKING:
     from lsag.bench import Bench
-    from lsag.explain import Explanation
-    from lsag.reproduce import Summary
+    from lsag.inference.explain import Explanation
+    from lsag.paper.reproduce import Summary
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from lsag.config import ModelConfig, load_preset, preset_paths
+from lsag.config import ModelConfig
 from lsag.errors import UsageError
-from lsag.model import LSAG
-from lsag.networks import ARGUMENTS
+from lsag.model.build import ARGUMENTS
+from lsag.model.network import LSAG
+from lsag.presets import load_preset, preset_paths
 
 PRESETS = {f"lsag_{name.replace('-', '_')}": name for name in preset_paths()}
 WITHOUT_EFFECT = {"drop_rate": 0.0, "global_pool": "avg"}

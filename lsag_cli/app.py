@@ -15,9 +15,9 @@ import typer
 from typer.exceptions import TyperException
 
 from lsag import __version__
+from lsag.distributed.launch import launched, report
 from lsag.errors import InterruptedByUserError, LsagError, PeerLostError, TerminatedError, WorkerError
-from lsag.launch import launched, report
-from lsag.signals import StopRequestedError
+from lsag.training.signals import StopRequestedError
 from lsag_cli import output
 from lsag_cli.bench import bench
 from lsag_cli.doctor import doctor

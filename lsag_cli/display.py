@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lsag_cli.output import is_terminal, mega, note, percent, stderr
 
 if TYPE_CHECKING:
-    from lsag.progress import Epoch, Started, Step
+    from lsag.training.events import Epoch, Started, Step
 
 LINE_SECONDS = 60
 """Where stderr is no terminal, a line of progress appears at least so often."""

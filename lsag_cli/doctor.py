@@ -21,7 +21,7 @@ def doctor(
 ) -> None:
     """Say what works on this machine: Python, torch, GPUs, onnxruntime and its providers, datasets, disk."""
     with leaving_at_once():
-        from lsag.doctor import examine
+        from lsag.inference.doctor import examine
 
         findings = []
         for finding in examine(data_dir_or_default(data_dir), Path("runs")):

@@ -29,7 +29,7 @@ from lsag_cli.options import (
 from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, table
 
 if TYPE_CHECKING:
-    from lsag.evaluate import Evaluation
+    from lsag.inference.evaluate import Evaluation
 
 
 def evaluate(
@@ -64,7 +64,7 @@ def evaluate(
 
     from rich.progress import MofNCompleteColumn, Progress
 
-    from lsag.evaluate import evaluate_file
+    from lsag.inference.evaluate import evaluate_file
     from lsag.plots import draw_confusion
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())

@@ -40,9 +40,9 @@ def explain(
     refuse_existing(out, force, source=image)
     with leaving_at_once():
         from lsag.checkpoint import load_checkpoint
-        from lsag.explain import explain as run
+        from lsag.data.sources import open_image
+        from lsag.inference.explain import explain as run
         from lsag.plots import draw_explanation
-        from lsag.sources import open_image
 
     loaded = load_checkpoint(checkpoint)
     found = run(loaded, open_image(image, "L" if loaded.preset.model.in_channels == 1 else "RGB"), point=point)

@@ -66,7 +66,7 @@ def export(
     refuse_existing(out, force, source=checkpoint)
 
     from lsag.checkpoint import load_checkpoint, random_checkpoint, save_safetensors
-    from lsag.export import OPSETS, export_onnx
+    from lsag.inference.export import OPSETS, export_onnx
 
     if checkpoint is None:
         source = random_checkpoint(resolved)

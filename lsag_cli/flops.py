@@ -4,9 +4,10 @@ from typing import Annotated
 
 import typer
 
-from lsag.config import DATASETS, ModelConfig, Preset, preset_paths
+from lsag.config import DATASETS, ModelConfig, Preset
 from lsag.errors import UsageError
-from lsag.flops import Count, count, count_stages
+from lsag.model.flops import Count, count, count_stages
+from lsag.presets import preset_paths
 from lsag_cli.options import Json, Model, Overrides, complete_preset, leaving_at_once, read_preset
 from lsag_cli.output import giga, mega, print_json, say, say_table, table
 
@@ -80,7 +81,7 @@ def count_network(preset: Preset) -> Count:
     if isinstance(preset.model, ModelConfig):
         return count(preset.model)
     with leaving_at_once():
-        from lsag.networks import count_model
+        from lsag.model.build import count_model
 
     return count_model(preset.model)
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lsag.config import Preset, load_preset, parse_override, preset_paths
+from lsag.config import Preset
+from lsag.distributed.launch import launched
 from lsag.errors import OutputError, UsageError
-from lsag.launch import launched
+from lsag.presets import load_preset, parse_override, preset_paths
 from lsag_cli.output import note
 
 if TYPE_CHECKING:
-    from lsag.runtime import Session
+    from lsag.inference.session import Session
 
 
 def complete_preset(incomplete: str) -> list[str]:
@@ -137,7 +138,7 @@ def check_provider(model: Path, provider: str | None, profile: bool) -> None:
     if model.suffix != ".onnx" and (provider or profile):
         raise UsageError(f"--{'provider' if provider else 'profile'} is for .onnx graphs", "lsag export CKPT --onnx")
     if model.suffix == ".onnx" and provider in ("cuda", "tensorrt"):
-        from lsag.gpu import check_driver
+        from lsag.inference.providers import check_driver
 
         check_driver(provider)
 

@@ -28,7 +28,7 @@ from lsag_cli.options import (
 from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, table, visible
 
 if TYPE_CHECKING:
-    from lsag.predict import Prediction
+    from lsag.inference.predict import Prediction
 
 
 def predict(
@@ -54,8 +54,8 @@ def predict(
     with leaving_at_once():
         from rich.progress import MofNCompleteColumn, Progress
 
-        from lsag.evaluate import open_model
-        from lsag.predict import predict as run
+        from lsag.inference.classifier import open_model
+        from lsag.inference.predict import predict as run
 
     opened = open_model(model, device=device, provider=provider)
     note_fallback(opened.session)

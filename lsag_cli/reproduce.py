@@ -16,9 +16,9 @@ import typer
 from lsag.config import DATASETS
 from lsag.errors import CheckError, InterruptedByUserError, OutputError, TerminatedError, UsageError
 from lsag.files import replacing, writing
-from lsag.paper import TABLES, Scale
-from lsag.reproduce import Run, Summary, execute, markdown, plan, summarise
-from lsag.signals import StopRequestedError
+from lsag.paper.reproduce import Run, Summary, execute, markdown, plan, summarise
+from lsag.paper.tables import TABLES, Scale
+from lsag.training.signals import StopRequestedError
 from lsag_cli.display import duration
 from lsag_cli.options import (
     DataDir,
@@ -164,8 +164,8 @@ def state_cost(todo: Sequence[Run], *, device: str, data_dir: Path, at_a_time: i
     """Say how many hours the trainings will take, from a few steps of each network on made-up images."""
     with leaving_at_once():
         from lsag.bench import probe
+        from lsag.data.sources import open_split
         from lsag.device import choose_device
-        from lsag.sources import open_split
 
     seconds, images = 0.0, {}
     cpu = choose_device(device).type == "cpu"
@@ -192,7 +192,7 @@ def state_cost(todo: Sequence[Run], *, device: str, data_dir: Path, at_a_time: i
 def report(table: int, runs: Sequence[Run], out: Path, scale: Scale) -> list[Summary]:
     """Write table-N.md, .json and .png to `out`, as far as the runs are done."""
     with leaving_at_once():
-        from lsag.networks import count_model
+        from lsag.model.build import count_model
         from lsag.plots import draw_table
 
     recipe, data = runs[0].preset.train, runs[0].preset.data

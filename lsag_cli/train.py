@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lsag.config import Preset, TimmConfig
+from lsag.distributed.launch import launch, launched
 from lsag.errors import InputError, InterruptedByUserError, TerminatedError, UnavailableError, UsageError
-from lsag.launch import launch, launched
 from lsag_cli.display import Display, duration
 from lsag_cli.flops import count_network
 from lsag_cli.options import (
@@ -160,10 +160,10 @@ def train(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
     with leaving_at_once():
-        from lsag.distributed import world_in_environment, world_size_here
-        from lsag.progress import Epoch, Finished, Started, Step
-        from lsag.run_folder import check_run_folder
-        from lsag.train import train as run
+        from lsag.distributed.world import world_in_environment, world_size_here
+        from lsag.training.events import Epoch, Finished, Started, Step
+        from lsag.training.loop import train as run
+        from lsag.training.run import check_run_folder
 
     again = continuation(context, out)
     spread = processes > 1 or nodes > 1 or max_restarts > 0
@@ -352,7 +352,7 @@ def show_plan(
     slice_size, recipe = preset.slice_size(processes * accum), preset.train
     if isinstance(preset.model, TimmConfig):
         with leaving_at_once():
-            from lsag.networks import check_training
+            from lsag.model.build import check_training
 
         check_training(preset.model, slice_size=slice_size, recompute=recompute)
     total = count_network(preset)

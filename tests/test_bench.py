@@ -9,8 +9,8 @@ from lsag import load_preset
 from lsag.bench import PEERS, bench, count_macs, open_contender, timm_contender
 from lsag.checkpoint import random_checkpoint, save_checkpoint
 from lsag.errors import UsageError
-from lsag.export import export_onnx
-from lsag.flops import count
+from lsag.inference.export import export_onnx
+from lsag.model.flops import count
 from tests.conftest import assert_refused
 
 CPU = torch.device("cpu")

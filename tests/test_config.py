@@ -6,18 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsag import load_preset
-from lsag.config import (
-    DATASETS,
-    AugmentConfig,
-    DataConfig,
-    ModelConfig,
-    Preset,
-    TimmConfig,
-    TrainConfig,
-    parse_override,
-    preset_paths,
-)
+from lsag.config import DATASETS, AugmentConfig, DataConfig, ModelConfig, Preset, TimmConfig, TrainConfig
 from lsag.errors import LsagError, UsageError
+from lsag.presets import parse_override, preset_paths
 from tests.conftest import CIFAR_SHIFTS, IMAGENET_SHIFTS
 
 TABLE_2 = {

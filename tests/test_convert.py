@@ -7,8 +7,8 @@ from torch import Tensor
 from lsag import LSAG, ModelConfig, load_checkpoint, load_preset
 from lsag.convert import convert_file, from_released
 from lsag.errors import InputError
-from tests import oracle
 from tests.conftest import CIFAR_SHIFTS, IMAGENET_SHIFTS, images, randomise, shared, small_config
+from tests.model import oracle
 
 
 def released_layout(model: LSAG) -> dict[str, Tensor]:

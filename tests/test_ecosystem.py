@@ -14,7 +14,7 @@ from timm.utils import CheckpointSaver, dispatch_clip_grad
 import lsag.timm_models
 from lsag import load_checkpoint, load_preset
 from lsag.checkpoint import Checkpoint, random_checkpoint, save_checkpoint, save_safetensors
-from lsag.data import Normalize
+from lsag.data.transforms import Normalize
 from lsag.errors import InputError, UsageError
 from lsag.hub import Classifier
 from tests.conftest import assert_refused

@@ -5,10 +5,10 @@ import torch
 
 from lsag import load_preset
 from lsag.checkpoint import random_checkpoint
-from lsag.evaluate import classifier
-from lsag.export import export_onnx
-from lsag.runtime import Session
-from lsag.train import Epoch, train
+from lsag.inference.classifier import classifier
+from lsag.inference.export import export_onnx
+from lsag.inference.session import Session
+from lsag.training.loop import Epoch, train
 from tests.conftest import randomise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

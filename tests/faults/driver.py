@@ -44,7 +44,7 @@ STEPS = 3 * STEPS_PER_EPOCH
 SERVER = """
 import json, os, signal, sys
 sys.path.insert(0, {root!r})
-import lsag_cli.app, lsag.train, timm.data, PIL.PngImagePlugin
+import lsag_cli.app, lsag.training.loop, timm.data, PIL.PngImagePlugin
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)

@@ -1,0 +1,59 @@
+"""From a decoded image to the model's input. Augmentation is timm's."""
+
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from torch import Tensor, nn
+from torchvision import transforms
+
+from lsag.config import DataConfig, Preset
+
+
+def train_transform(preset: Preset) -> Any:
+    """timm's training transform with the preset's augmentation: PIL image -> normalised float (C, size, size)."""
+    data, augment, size = preset.data, preset.augment, preset.model.image_size
+    transform = create_transform(
+        size,
+        is_training=True,
+        hflip=augment.hflip,
+        color_jitter=None,  # type: ignore[arg-type]  # as in DeiT, where RandAugment switches it off
+        auto_augment=augment.rand_augment,
+        interpolation=data.interpolation,
+        mean=data.mean,
+        std=data.std,
+        re_prob=augment.random_erasing,
+        re_mode="pixel",
+    )
+    if data.train_crop == "padded":
+        transform.transforms[0] = transforms.Compose(
+            [_resize(size, data), transforms.RandomCrop(size, padding=data.crop_padding)]
+        )
+    return transform
+
+
+def eval_transform(preset: Preset) -> Any:
+    """PIL image -> uint8 tensor (C, size, size): shorter side to `eval_resize`, centre crop."""
+    size = preset.model.image_size
+    return transforms.Compose(
+        [_resize(preset.data.eval_resize or size, preset.data), transforms.CenterCrop(size), transforms.PILToTensor()]
+    )
+
+
+def _resize(size: int, data: DataConfig) -> transforms.Resize:
+    return transforms.Resize(size, transforms.InterpolationMode(data.interpolation))
+
+
+class Normalize(nn.Module):
+    """uint8 pixels (B, C, height, width) -> floats, scaled to 0..1 and normalised per channel."""
+
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__()
+        self.scale: Tensor
+        self.offset: Tensor
+        mean, std = torch.tensor(data.mean), torch.tensor(data.std)
+        self.register_buffer("scale", (1 / (255 * std)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("offset", (-mean / std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels.to(self.scale.dtype) * self.scale + self.offset

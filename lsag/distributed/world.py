@@ -1,0 +1,180 @@
+"""The processes of one training: who they are, and what they tell each other."""
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lsag.device import choose_device
+from lsag.distributed.launch import LAUNCH_FOLDER, STUCK_SECONDS, keep_alive, launched, leaving_when_stuck, report
+from lsag.errors import PeerLostError, UnavailableError, UsageError, first_line
+
+TIMEOUT = timedelta(hours=2)
+"""Of a collective. Long, as rank 0 may wait for space on a disk; a dead or silent rank is noticed by the launcher."""
+MEETING_TIMEOUT = timedelta(minutes=10)
+"""Until all ranks are there."""
+
+
+@dataclass(frozen=True)
+class World:
+    """One process (`rank`) among `size`; `local_rank` among those of its machine. By default it is alone."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """The sum over all ranks of each value, in double precision."""
+        return self.total_tensor(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def total_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks of a tensor that lies on the CPU."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.to(self.device)
+        with lost_peers():
+            dist.all_reduce(tensor)
+        return tensor.cpu()
+
+    def of_rank_0(self, value: Any) -> Any:
+        """The value that rank 0 gave."""
+        if self.size == 1:
+            return value
+        values = [value]
+        with lost_peers():
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """Give every rank the buffers of rank 0's model, such as running statistics: DDP does so before a step only."""
+        if self.size > 1:
+            with lost_peers():
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+
+    def check_equal(self, what: str, value: object) -> None:
+        """UsageError, on every rank, unless all ranks gave the same value."""
+        if self.size == 1:
+            return
+        everyone: list[object] = [None] * self.size
+        with lost_peers():
+            dist.all_gather_object(everyone, value)
+        different = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+        if different:
+            raise UsageError(f"rank {different[0]} has another {what} than rank 0", "start every rank alike")
+
+
+ALONE = World()
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Turn the error of a collective whose peer went away into PeerLostError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl")):
+            raise PeerLostError("another process of this training went away", "continue with --resume") from error
+        raise
+
+
+def world_size_here() -> int:
+    """How many of the ranks run on this machine."""
+    per_node = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    return int(re.split(r"\D", per_node)[0] or 1)
+
+
+def world_in_environment() -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) as torchrun or srun set them; None where nobody did.
+
+    UsageError if they are incomplete.
+    """
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
+        names = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]
+    elif not any(os.environ.get(name) for name in names):
+        return None
+    missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UsageError(
+            f"the environment has {next(name for name in names if os.environ.get(name))}, but not {', '.join(missing)}",
+            "see docs/cluster.md, or unset all of them",
+        )
+    try:
+        rank, size, local_rank = (int(os.environ[name]) for name in names)
+    except ValueError as error:
+        raise UsageError(
+            f"one of {', '.join(names)} is not a number", "unset them, or let torchrun set them"
+        ) from error
+    if not 0 <= rank < size or local_rank < 0:
+        raise UsageError(f"{names[0]} {rank} does not fit {names[1]} {size}", "unset them, or let torchrun set them")
+    return rank, size, local_rank
+
+
+@contextmanager
+def joined(device: str = "auto", *, acknowledged: Callable[[], bool] = lambda: False) -> Iterator[World]:
+    """The world that this process belongs to, as its environment says, on `device`.
+
+    A process among several leaves when it is stuck after SIGTERM, unless it has `acknowledged` the signal.
+    """
+    found = world_in_environment()
+    rank, size, local_rank = found or (0, 1, 0)
+    on = choose_device(device)
+    if on.type == "cuda" and found:
+        visible = torch.cuda.device_count()
+        if on.index is not None and size > 1:
+            raise UsageError(f"--device {on} is one GPU, this process is one of {size}", "use --device cuda")
+        if visible > 1 and local_rank >= visible:
+            raise UnavailableError(
+                f"local rank {local_rank} has no GPU, {visible} are visible", "start fewer processes"
+            )
+        # A batch system may show each process its own GPU only.
+        on = torch.device("cuda", 0 if visible == 1 else local_rank) if on.index is None else on
+    if on.type == "cuda" and on.index is not None:
+        torch.cuda.set_device(on)
+    if size == 1:
+        with keep_alive() if found else nullcontext():
+            yield World(device=on)
+        return
+    if on.type not in ("cuda", "cpu"):
+        raise UsageError(f"several processes cannot train on {on.type}", "use --device cpu or cuda")
+    # Within one machine the processes meet in a file that only their user can read, and no port is opened for it.
+    folder = os.environ.get(LAUNCH_FOLDER)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    with keep_alive(), leaving_when_stuck(acknowledged, last_words=partial(_report_stuck, rank)):
+        try:
+            if folder and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+                store: dist.Store = dist.FileStore(str(Path(folder, f"store-{attempt}")), size)
+            else:
+                store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=MEETING_TIMEOUT))
+            dist.init_process_group(
+                "nccl" if on.type == "cuda" else "gloo",
+                rank=rank,
+                world_size=size,
+                timeout=TIMEOUT,
+                device_id=on if on.type == "cuda" else None,
+                store=dist.PrefixStore(f"lsag-{attempt}", store),
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UnavailableError(
+                f"rank {rank} cannot meet the others: {first_line(error)}", "see docs/cluster.md"
+            ) from error
+        yield World(rank, size, local_rank, on)
+        # Not after an error: a group that lost a member may wait for it for ever.
+        dist.destroy_process_group()
+
+
+def _report_stuck(rank: int) -> None:
+    if launched():
+        what = f"rank {rank} did not end its step within {STUCK_SECONDS} s of SIGTERM, and left without saving"
+        report(what, "continue with --resume", 128 + signal.SIGTERM, consequence=True)

@@ -1,0 +1,236 @@
+"""Exported graphs in onnxruntime, on the execution provider that was asked for and on no other."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch  # before onnxruntime, whose CUDA provider finds torch's CUDA libraries once they are loaded
+from torch import Tensor
+
+from lsag.config import Preset, validate_preset
+from lsag.data.transforms import Normalize
+from lsag.errors import InputError, UnavailableError, UsageError, first_line
+from lsag.inference.providers import check_driver, describe_installation, has_driver, how_to_fix, missing_library
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+METADATA_KEY = "lsag"
+FORMAT = 1
+# fmt: off
+OPERATORS = frozenset({
+    "Add", "Attention", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "Conv", "Div",
+    "Expand", "Gather", "GatherND", "Gelu", "Gemm", "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity",
+    "LayerNormalization", "MatMul", "MaxPool", "Mul", "Pad", "Range", "ReduceL2", "ReduceMean", "Relu", "Reshape",
+    "Resize", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze",
+})
+# fmt: on
+"""Those that exported graphs are made of, ours and timm's; a graph with any other was not made by lsag export."""
+
+
+# fmt: off
+WORK = frozenset({
+    "Attention", "AveragePool", "BatchNormalization", "Conv", "Gelu", "Gemm", "GlobalAveragePool", "LayerNormalization",
+    "MatMul", "MaxPool", "Relu", "Resize", "Softmax",
+})
+# fmt: on
+"""Operators that take time; the others arrange data and shapes."""
+
+
+class Session:
+    """An exported model: calls take uint8 images (B, C, height, width) and give float32 logits (B, num_classes).
+
+    `preset`, `classes` and `input` are what the file says of itself, `provider` is where it runs: "cpu", "cuda" or
+    "tensorrt", `fallback_reason` why "auto" took the CPU, empty otherwise. A graph of a fixed batch is run as often as
+    it takes, the last time with images repeated.
+    """
+
+    preset: Preset
+    classes: tuple[str, ...]
+    input: Mapping[str, Any]
+    provider: str
+    fallback_reason: str = ""
+
+    def __init__(self, path: str | Path | bytes, *, provider: str = "cpu", threads: int | None = None) -> None:
+        """Open a file, or its content, on `provider`: "cpu", "cuda", "tensorrt", or "auto".
+
+        "auto" is CUDA where it loads, else the CPU. On a CPU it uses as many `threads`, by default one for each core.
+        InputError for what is no whole export of lsag; UnavailableError if the provider does not load: one that was
+        named is never replaced by another, but for the shapes that onnxruntime computes on the CPU.
+        """
+        if provider not in (*PROVIDERS, "auto"):
+            raise UsageError(f"unknown provider '{provider}'", f"use one of: {', '.join(PROVIDERS)}, auto")
+        if provider not in ("cpu", "auto"):
+            check_driver(provider)
+        self._data = path if isinstance(path, bytes) else read_file(Path(path))
+        path = "the graph" if isinstance(path, bytes) else path
+        self._check(path)
+        self._threads = threads or 0
+        if provider != "auto":
+            self._open(path, provider)
+        elif reason := self._try_cuda(path):
+            self.fallback_reason = reason
+            self._open(path, "cpu")
+        del self._data
+        self.raw_input = self.input["dtype"] == "float32"
+        self._normalize = Normalize(self.preset.data)
+
+    def _try_cuda(self, path: str | Path) -> str:
+        """Make the session on CUDA; what is in the way, in one line, empty for nothing."""
+        if not has_driver():
+            return "there is no NVIDIA driver"
+        try:
+            self._open(path, "cuda")
+        except UnavailableError as error:
+            return str(error)
+        return ""
+
+    def _open(self, path: str | Path, provider: str) -> None:
+        """Make the session; the errors of __init__."""
+        import onnxruntime
+
+        wanted = PROVIDERS[provider]
+        if wanted not in onnxruntime.get_available_providers():
+            raise UnavailableError(f"this onnxruntime was built without {wanted}", how_to_fix(provider))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = self._threads
+        # Threads wait for each other awake during a call, which is some percent faster, but not after it.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if provider != "cpu":
+            onnxruntime.preload_dlls()
+            onnxruntime.set_default_logger_severity(4)  # what fails is raised
+        try:
+            # What was read and checked is what is run: the bytes, not the file once more.
+            listed = [wanted, PROVIDERS["cuda"]] if provider == "tensorrt" else [wanted]
+            self.session = onnxruntime.InferenceSession(self._data, options, providers=listed, enable_fallback=0)
+        except Exception as error:  # onnxruntime raises its own types, which it does not export
+            reason = first_line(error)
+            if provider == "cpu" or any(
+                word in reason for word in ("INVALID_PROTOBUF", "InvalidProtobuf", "INVALID_GRAPH")
+            ):
+                raise InputError(
+                    f"{path} is not a graph that onnxruntime can run: {reason}", "export it again"
+                ) from error
+            raise UnavailableError(f"onnxruntime could not start {wanted}: {reason}", how_to_fix(provider)) from error
+        if self.session.get_providers()[0] != wanted:
+            missing = missing_library(provider)
+            why = f"{missing} is missing; {describe_installation()}" if missing else describe_installation()
+            raise UnavailableError(f"onnxruntime did not load {wanted}: {why}", how_to_fix(provider))
+        # onnxruntime computes shapes on the CPU by intent; the work itself must be where it was asked to be.
+        elsewhere = [node.op_type for node in self._nodes(PROVIDERS["cpu"]) if node.op_type in WORK]
+        if provider != "cpu" and elsewhere:
+            raise UnavailableError(
+                f"onnxruntime left {len(elsewhere)} nodes such as {elsewhere[0]} to the CPU instead of {wanted}",
+                "use --provider cpu, or export with another --opset",
+            )
+        self.provider = provider
+
+    def _check(self, path: str | Path) -> None:
+        """InputError, before anything runs, for what is not whole, not of known operators, or not by lsag."""
+        try:
+            model = onnx.ModelProto.FromString(self._data)
+        except Exception as error:  # protobuf raises its own types
+            raise InputError(f"{path} is not an ONNX graph, or is truncated or damaged", "export it again") from error
+        sparse = model.graph.sparse_initializer or any(
+            attribute.HasField("sparse_tensor") or attribute.sparse_tensors
+            for node in model.graph.node
+            for attribute in node.attribute
+        )
+        if sparse or any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model.graph)):
+            raise InputError(f"{path} was refused: it keeps weights in other files", "use one that lsag export wrote")
+        foreign = next((node for node in model.graph.node if node.domain or node.op_type not in OPERATORS), None)
+        if foreign or model.functions or model.training_info:
+            name = ".".join(filter(None, (foreign.domain, foreign.op_type))) if foreign else "functions of its own"
+            raise InputError(
+                f"{path} was refused: it has {name[:60]}, as no export has", "use one that lsag export wrote"
+            )
+        try:
+            metadata = json.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA_KEY))
+            if metadata["format"] != FORMAT:
+                raise InputError(f"{path} has format {metadata['format']}, this lsag reads {FORMAT}", "upgrade lsag")
+            self.preset = validate_preset(metadata["preset"], origin=f"the preset in {path}")
+            self.classes, self.input = tuple(metadata["classes"]), metadata["input"]
+            self.batch: int | None = self.input["batch"]
+            if metadata["graph_sha256"] != graph_digest(model):
+                raise InputError(f"{path} is damaged or was changed: its digest differs", "export it again")
+        except InputError:
+            raise
+        except Exception as error:  # whatever is not as lsag export writes it
+            raise InputError(f"{path} was not exported by lsag: it has no such metadata", "use lsag export") from error
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, height, width) -> float32 (B, num_classes)."""
+        if self.batch is None:
+            return self._run(images)
+        logits = []
+        for some in images.split(self.batch):
+            filled = some if len(some) == self.batch else some.repeat(self.batch, 1, 1, 1)[: self.batch]
+            logits.append(self._run(filled)[: len(some)])
+        return torch.cat(logits)
+
+    def _run(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(["logits"], {"images": self.feed(images).numpy()})[0])
+
+    def feed(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, height, width) -> the graph's input."""
+        return self._normalize(images) if self.raw_input else images.permute(0, 2, 3, 1).contiguous()
+
+    def bound(self, images: Tensor) -> Callable[[], object]:
+        """A run with the images on the device already and the logits left there, for benchmarks.
+
+        UsageError for another batch than the graph's.
+        """
+        from onnxruntime import OrtValue
+
+        if self.batch not in (None, len(images)):
+            raise UsageError(
+                f"the graph takes {self.batch} images at a time, not {len(images)}", f"--batch {self.batch}"
+            )
+        place = "cpu" if self.provider == "cpu" else "cuda"
+        binding = self.session.io_binding()
+        binding.bind_ortvalue_input("images", OrtValue.ortvalue_from_numpy(self.feed(images).numpy(), place, 0))
+        binding.bind_output("logits", place, 0)
+        return lambda: self.session.run_with_iobinding(binding)
+
+    def nodes_by_provider(self) -> dict[str, int]:
+        """How many nodes of the optimised graph each execution provider runs."""
+        parts = self.session.get_provider_graph_assignment_info()
+        names = {part.ep_name: None for part in parts}
+        return {name: len(self._nodes(name)) for name in names}
+
+    def _nodes(self, provider: str) -> list[Any]:
+        parts = self.session.get_provider_graph_assignment_info()
+        return [node for part in parts if part.ep_name == provider for node in part.get_nodes()]
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file. InputError if there is none."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "not a regular file")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", "check the path") from error
+
+
+def graph_digest(model: onnx.ModelProto) -> str:
+    """SHA-256 of the graph with its weights, without the metadata."""
+    return hashlib.sha256(model.graph.SerializeToString(deterministic=True)).hexdigest()
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every constant of a graph: initializers, attributes of nodes, and those of graphs inside them."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield attribute.t
+            yield from attribute.tensors
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)

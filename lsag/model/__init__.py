@@ -1,0 +1,1 @@
+"""The network: a configuration in, an nn.Module out."""

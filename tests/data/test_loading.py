@@ -1,0 +1,155 @@
+import multiprocessing
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lsag import load_preset
+from lsag.data.loading import EpochBatches, TrainSet, batches, eval_loader, train_loader
+from lsag.data.sources import open_split
+from lsag.data.transforms import Normalize, eval_transform, train_transform
+from lsag.errors import InputError, UsageError, WorkerError
+
+
+def test_broken_images_end_an_epoch_with_their_name(folder):
+    (folder / "train/dog/2.png").write_bytes(b"broken")
+    preset = load_preset("cifar-nano", {"train.batch_size": 4}, dataset="folder")
+    source = open_split("folder", folder, train=True, in_channels=3)
+    for workers in (0, 1):
+        loader = train_loader(source, preset, EpochBatches(len(source), preset), workers=workers)
+        with pytest.raises(InputError, match=r"cannot read image .*dog/2\.png: not an image"):
+            list(batches(loader))
+        del loader
+        assert not multiprocessing.active_children(), "something still holds the loader"
+
+
+def test_a_worker_that_died_between_two_epochs_is_named(tmp_path):
+    """torch waits for an answer of each worker before an epoch begins, too."""
+    preset = load_preset("digits-nano")
+    source = open_split("digits", tmp_path, train=True, in_channels=1)
+    order = EpochBatches(len(source), preset)
+    loader = train_loader(source, preset, order, workers=2)
+    others = set(multiprocessing.active_children())
+    assert len(list(batches(loader))) == len(order)
+    worker = (set(multiprocessing.active_children()) - others).pop()
+    worker.kill()
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(WorkerError, match="killed by signal"):
+        list(batches(loader))
+
+
+def test_signals_leave_workers_at_work_but_not_for_ever(tmp_path, monkeypatch):
+    import lsag.data.loading
+
+    monkeypatch.setattr(lsag.data, "WORKER_GRACE", 3)
+    preset = load_preset("digits-nano")
+    source = open_split("digits", tmp_path, train=True, in_channels=1)
+    order = EpochBatches(len(source), preset)
+    loader = train_loader(source, preset, order, workers=1)
+    loading = batches(loader)
+    next(loading)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    assert len(list(loading)) == len(order) - 1
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGALRM
+
+
+def test_what_is_random_depends_on_seed_epoch_and_image_alone(folder):
+    preset = load_preset("cifar-tiny", {"train.batch_size": 4, "model.image_size": 8}, dataset="folder")
+    source = open_split("folder", folder, train=True, in_channels=3)
+
+    def epoch(number, workers, preset=preset):
+        order = EpochBatches(len(source), preset)
+        order.epoch = number
+        random.seed(number + workers)
+        return [
+            (images.clone(), labels) for images, labels in batches(train_loader(source, preset, order, workers=workers))
+        ]
+
+    def same(a, b):
+        return all(torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True))
+
+    first = epoch(0, 0)
+    assert same(first, epoch(0, 0)) and same(first, epoch(0, 1)) and same(first, epoch(0, 2))
+    assert not same(first, epoch(1, 0))
+    other_seed = preset.model_copy(update={"train": preset.train.model_copy(update={"seed": 1})})
+    assert not same(first, epoch(0, 0, other_seed))
+
+
+def test_epochs_visit_each_image_once():
+    preset = load_preset("cifar-nano", {"train.batch_size": 10})
+    order = EpochBatches(105, preset)
+    visited = [index for batch in order for epoch, index in batch]
+    assert len(order) == 10 and len(set(visited)) == len(visited) == 100
+    order.epoch = 1
+    assert [index for batch in order for _, index in batch] != visited
+    with pytest.raises(UsageError, match="5 training images do not fill one batch of 10"):
+        EpochBatches(5, preset)
+
+
+def test_the_recipe_reaches_the_transform():
+    described = str(train_transform(load_preset("in1k-tiny")))
+    for word in ("RandomResizedCropAndInterpolation", "RandAugment", "RandomErasing", "Flip", "Normalize"):
+        assert word in described
+    padded = str(train_transform(load_preset("cifar-tiny")))
+    assert "RandomCrop(size=(32, 32), padding=4)" in padded and "RandAugment" in padded
+    plain = str(train_transform(load_preset("digits-nano")))
+    for word in ("RandAugment", "RandomErasing", "Flip", "ColorJitter"):
+        assert word not in plain
+
+
+def test_the_strongest_augmentation_of_the_recipe_works():
+    # Magnitude 9 with its spread reaches 10 now and then, where an image may be posterised to 0 bits.
+    transform = train_transform(load_preset("cifar-tiny", {"augment.rand_augment": "rand-m10-inc1"}))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    random.seed(0)
+    for _ in range(300):
+        assert transform(image).isfinite().all()
+
+
+def test_evaluation_resizes_crops_and_normalises():
+    preset = load_preset("in1k-tiny")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    pixels = eval_transform(preset)(image)
+    assert pixels.shape == (3, 224, 224) and pixels.dtype == torch.uint8
+    assert torch.equal(
+        pixels,
+        torch.from_numpy(np.array(image.resize((341, 256), Image.Resampling.BICUBIC))).permute(2, 0, 1)[
+            :, 16:240, 58:282
+        ],
+    )
+    expected = (pixels / 255 - torch.tensor(preset.data.mean).view(3, 1, 1)) / torch.tensor(preset.data.std).view(
+        3, 1, 1
+    )
+    torch.testing.assert_close(Normalize(preset.data)(pixels[None])[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_gives_each_image_once_in_order(folder):
+    preset = load_preset("cifar-nano", dataset="folder")
+    source = open_split("folder", folder, train=False, in_channels=3)
+    labels = torch.cat([labels for _, labels in batches(eval_loader(source, preset, batch_size=3, workers=1))])
+    assert labels.tolist() == [0, 0, 1, 1]
+
+
+def test_training_and_evaluation_normalise_alike():
+    preset = load_preset("cifar-nano", {"data.crop_padding": 0, "augment.hflip": 0.0})
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+    class One:
+        classes = ("a",)
+
+        def __len__(self):
+            return 1
+
+        def load(self, index):
+            return Image.fromarray(image), 0
+
+    trained, _ = TrainSet(One(), preset)[0, 0]
+    evaluated = Normalize(preset.data)(eval_transform(preset)(Image.fromarray(image))[None])[0]
+    torch.testing.assert_close(trained, evaluated, rtol=1e-5, atol=1e-5)

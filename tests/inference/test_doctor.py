@@ -1,0 +1,58 @@
+import json
+
+import pytest
+import torch
+
+import lsag.inference.doctor
+from lsag.inference.doctor import examine, try_provider
+
+
+def test_what_is_there_is_found_by_trying(folder):
+    found = {finding.name: finding for finding in examine(folder, folder / "runs")}
+    assert found["torch"].value == torch.__version__.split("+")[0] and not found["torch"].problem
+    assert found["CPUExecutionProvider"].value == "runs"
+    assert found["folder"].value.startswith("8 training images of 2 classes")
+    assert found["cifar10"].value.startswith("not found")
+    assert "GB free" in found["disk"].value
+    assert not (folder / "runs").exists()
+
+
+def test_a_provider_is_run_not_asked(monkeypatch):
+    assert try_provider("CPUExecutionProvider") == ""
+    import onnxruntime
+
+    class Liar:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def get_providers(self):
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Liar)
+    assert "another provider" in try_provider("CUDAExecutionProvider")
+
+
+def test_a_broken_package_and_two_runtimes_are_problems(folder, monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(lsag.inference.doctor.importlib, "import_module", broken)
+    monkeypatch.setattr(lsag.doctor, "distributions", lambda: {"onnxruntime": "1.0", "onnxruntime-gpu": "1.0"})
+    found = {finding.name: finding for finding in examine(folder, folder)}
+    assert "onnxruntime" not in found and "folder" not in found  # which need torch, and so cannot be looked at
+    monkeypatch.setattr(lsag.doctor, "_package", lambda name: lsag.inference.doctor.Finding(name, "1"))
+    found |= {finding.name: finding for finding in examine(folder, folder) if finding.name not in found}
+    assert "torchvision::nms" in found["torchvision"].problem and "train" in found["torchvision"].prevents
+    assert "break each other" in found["onnxruntime"].problem and found["onnxruntime"].prevents == ("gpu-inference",)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_the_command(lsag):
+    done = lsag("doctor")
+    assert done.returncode == 0, done.stderr
+    assert "CPUExecutionProvider" in done.stdout and "runs" in done.stdout
+    assert lsag("doctor", "--for", "train").returncode == 0
+    done = lsag("doctor", "--for", "gpu-inference", "--json")
+    assert done.returncode == 4 and "gpu-inference will not work here" in done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["ok"] is False and any(finding["name"] == "NVIDIA driver" for finding in answer["findings"])

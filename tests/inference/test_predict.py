@@ -1,0 +1,117 @@
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lsag import load_checkpoint, load_preset
+from lsag.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
+from lsag.data.transforms import eval_transform
+from lsag.errors import InputError
+from lsag.inference.classifier import open_model
+from lsag.inference.export import export_onnx
+from lsag.inference.predict import predict
+from tests.conftest import assert_refused, randomise
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint of three named classes, and its graph beside it."""
+    where = tmp_path_factory.mktemp("model")
+    preset = load_preset("cifar-nano", dataset="folder").with_classes(3)
+    checkpoint = random_checkpoint(preset)
+    randomise(checkpoint.model)
+    save_checkpoint(where / "a.pt", Checkpoint(checkpoint.model, preset, ("cat", "dog", "cow")))
+    export_onnx(load_checkpoint(where / "a.pt"), where / "a.onnx")
+    return where / "a.pt"
+
+
+def test_the_classes_are_those_of_the_model(model, folder):
+    checkpoint = load_checkpoint(model)
+    paths = sorted(folder.glob("*/*/*.png"))
+    found = list(predict(open_model(model, device="cpu"), iter(paths), top_k=2, batch_size=5))
+    assert [one.image for one in found] == paths
+    for one in found:
+        image = eval_transform(checkpoint.preset)(Image.open(one.image).convert("RGB"))
+        expected = open_model(model, device="cpu").classify(image[None])[0].softmax(0)
+        assert one.classes[0] == checkpoint.classes[expected.argmax()] and len(one.classes) == 2
+        torch.testing.assert_close(one.probabilities[0], expected.max().item(), rtol=1e-4, atol=1e-5)
+        assert one.probabilities[0] >= one.probabilities[1]
+
+
+def test_images_are_read_a_few_batches_at_a_time(model, folder):
+    asked = []
+    paths = (asked.append(1) or folder / "val/cat/0.png" for _ in range(1000))
+    found = predict(open_model(model, device="cpu"), paths, batch_size=4)
+    next(found)
+    assert len(asked) <= 12
+
+
+def test_a_checkpoint_and_its_graph_agree(lsag, model, folder):
+    answers = []
+    for file in (model, model.with_suffix(".onnx")):
+        done = lsag("predict", file, folder, "--json")
+        assert done.returncode == 0, done.stderr
+        answers.append(json.loads(done.stdout))
+    ours, graphs = (answer["predictions"] for answer in answers)
+    assert [one["classes"] for one in ours] == [one["classes"] for one in graphs] and len(ours) == 12
+    assert answers[1]["device"] == "onnxruntime CPUExecutionProvider" or torch.cuda.is_available()
+
+
+def test_a_broken_image_is_a_row(lsag, model, folder, tmp_path):
+    (folder / "val/dog/1.png").write_bytes(b"broken")
+    done = lsag("predict", model, folder / "val", "--top-k", "2")
+    assert done.returncode == 0 and "1 of 4 images could not be read" in done.stderr
+    rows = done.stdout.splitlines()
+    assert "val/cat/0.png" in rows[1] and " %" in rows[1]
+    assert "val/dog/1.png" in rows[4] and "(not an image)" in rows[4]
+    done = lsag("predict", model, folder / "val", "--csv", tmp_path / "out.csv", "--top-k", "9")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["error"] for line in lines] == ["", "", "", "not an image"]
+    assert lines[0]["class_1"] in ("cat", "dog", "cow") and 0 < float(lines[0]["probability_3"]) < 1
+    done = lsag("predict", model, folder / "val/dog/1.png")
+    assert_refused(done, 3, "none of the 1 images could be read", "not an image")
+
+
+def test_files_folders_and_patterns(lsag, model, folder):
+    Image.fromarray(np.zeros((5, 5, 3), np.uint8)).save(folder / "odd [1].png")
+    os.mkfifo(folder / "pipe.png")
+    for given, count in (
+        (["val/cat/0.png", "val/dog"], 3),
+        (["val/*/0.png"], 2),
+        (["**/1.png"], 4),
+        (["odd [1].png"], 1),
+    ):
+        done = lsag("predict", model, *given, "--json", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads(done.stdout)["predictions"]) == count
+    (folder / "empty").mkdir()
+    for given in ("empty", "*.jpg"):
+        assert_refused(lsag("predict", model, given, cwd=folder), 3, f"there are no images in {given}")
+    assert_refused(lsag("predict", model, "absent.png", cwd=folder), 3, "absent.png", "no such file")
+    assert_refused(lsag("predict", model, "pipe.png", cwd=folder), 3, "not a regular file")
+    (folder / "esc\x1b[31m\n.png").write_bytes((folder / "val/cat/0.png").read_bytes())
+    shown = lsag("predict", model, "esc\x1b[31m\n.png", cwd=folder).stdout
+    assert "esc\\x1b[31m\\n.png" in shown and "\x1b" not in shown
+    (folder / "link.csv").symlink_to("/dev/null")
+    assert_refused(lsag("predict", model, "val", "--csv", "link.csv", cwd=folder), 6, "not a regular file")
+    assert_refused(lsag("predict", model, "val", "--csv", "a.txt", cwd=folder), 2, ".csv")
+
+
+def test_nodes_are_counted(lsag, model, folder):
+    done = lsag("predict", model.with_suffix(".onnx"), folder / "val/cat/0.png", "--provider", "cpu", "--profile")
+    assert done.returncode == 0, done.stderr
+    assert "nodes: " in done.stdout and "on CPUExecutionProvider" in done.stdout
+
+
+def test_outputs_that_are_not_finite_are_no_prediction(model, folder):
+    opened = open_model(model, device="cpu")
+    with torch.no_grad():
+        broken = type(opened)(lambda images: torch.full((len(images), 3), torch.nan), opened.preset, opened.classes, "")
+    with pytest.raises(InputError, match="not finite"):
+        list(predict(broken, [folder / "val/cat/0.png"]))

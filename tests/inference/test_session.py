@@ -1,0 +1,281 @@
+"""What runs where it was asked to, and what is refused before it runs."""
+
+import random
+import time
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from lsag import load_preset
+from lsag.checkpoint import random_checkpoint, save_checkpoint
+from lsag.errors import InputError, UnavailableError, UsageError
+from lsag.inference.export import export_onnx, made_up_images
+from lsag.inference.providers import check_driver, describe_installation, distributions, how_to_fix, torch_cuda
+from lsag.inference.session import PROVIDERS, Session, graph_digest
+from tests.conftest import assert_refused, randomise
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which CUDA does not load")
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    checkpoint = random_checkpoint(load_preset("digits-nano"))
+    randomise(checkpoint.model)
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def graph(checkpoint, tmp_path_factory):
+    return export_onnx(checkpoint, tmp_path_factory.mktemp("onnx") / "model.onnx").path
+
+
+@pytest.fixture
+def write(graph, tmp_path):
+    """A copy of the graph, changed; with its digest made anew, as an attacker would."""
+
+    def change(edit, *, signed=True):
+        model = onnx.load(graph)
+        edit(model)
+        if signed:
+            entry = next(entry for entry in model.metadata_props if entry.key == "lsag")
+            old = graph_digest(onnx.load(graph))
+            entry.value = entry.value.replace(old, graph_digest(model))
+        (tmp_path / "bad.onnx").write_bytes(model.SerializeToString())
+        return tmp_path / "bad.onnx"
+
+    return change
+
+
+def test_it_says_where_it_runs(graph, checkpoint):
+    for provider in ("cpu", "auto"):
+        session = Session(graph, provider=provider)
+        assert session.provider == "cpu" or torch.cuda.is_available()
+        assert session.preset == checkpoint.preset and session.input["dtype"] == "uint8"
+    nodes = Session(graph).nodes_by_provider()
+    assert set(nodes) == {"CPUExecutionProvider"} and nodes["CPUExecutionProvider"] > 20
+    with pytest.raises(UsageError, match="unknown provider 'gpu'"):
+        Session(graph, provider="gpu")
+
+
+@NO_CUDA
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_gpu_is_never_replaced_by_the_cpu(graph, provider, monkeypatch):
+    with pytest.raises(
+        UnavailableError, match=r"NVIDIA driver.*torch: CUDA.*onnxruntime: CUDA.*driver:.*installed: onnx"
+    ):
+        Session(graph, provider=provider)
+    # Also where there is a driver, and the provider does not load all the same.
+    monkeypatch.setattr("lsag.inference.session.check_driver", lambda provider: None)
+    with pytest.raises(UnavailableError, match="ExecutionProvider"):
+        Session(graph, provider=provider)
+    assert Session(graph, provider="auto").provider == "cpu"
+
+
+@NO_CUDA
+def test_auto_says_why_it_took_the_cpu(graph, monkeypatch, capfd):
+    monkeypatch.setattr("lsag.inference.session.has_driver", lambda: False)
+    session = Session(graph, provider="auto")
+    assert (session.provider, session.fallback_reason) == ("cpu", "there is no NVIDIA driver")
+    # A driver, and the package for CPUs.
+    monkeypatch.setattr("lsag.inference.session.has_driver", lambda: True)
+    monkeypatch.setattr("lsag.inference.providers.distributions", lambda: {"onnxruntime": "1"})
+    monkeypatch.setattr("lsag.inference.providers.onnxruntime_cuda", lambda: None)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    session = Session(graph, provider="auto")
+    assert session.provider == "cpu" and session.fallback_reason == (
+        "this onnxruntime was built without CUDAExecutionProvider"
+        " — pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+    )
+    # The package for GPUs, which falls back in silence for want of a library, or says so.
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [PROVIDERS["cuda"], PROVIDERS["cpu"]])
+    monkeypatch.setattr("lsag.inference.session.missing_library", lambda provider: "libcudnn.so.9")
+    monkeypatch.setattr("lsag.inference.session.how_to_fix", lambda provider: "pip install nvidia-cudnn-cu13")
+    start = onnxruntime.InferenceSession
+    on_cpu = {"providers": ["CPUExecutionProvider"]}
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *given, **options: start(*given, **options | on_cpu))
+    session = Session(graph, provider="auto")
+    assert session.provider == "cpu"
+    assert "did not load CUDAExecutionProvider: libcudnn.so.9 is missing" in session.fallback_reason
+    assert session.fallback_reason.endswith(" — pip install nvidia-cudnn-cu13")
+
+    def fail(data, options, *, providers, **others):
+        if providers != ["CPUExecutionProvider"]:
+            raise RuntimeError("libcublas.so.13: cannot open shared object file\nat provider_bridge.cc:2210")
+        return start(data, options, providers=providers)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    session = Session(graph, provider="auto")
+    assert session.provider == "cpu" and "libcublas.so.13" in session.fallback_reason
+    assert "\n" not in session.fallback_reason and "".join(capfd.readouterr()) == ""
+    assert Session(graph, provider="cpu").fallback_reason == ""
+
+
+@NO_CUDA
+def test_the_commands_say_why_on_stderr(lsag, graph, checkpoint, folder, tmp_path):
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    line = "on the CPU: there is no NVIDIA driver\n"
+    for command in (["predict", graph, "val/cat/0.png"], ["predict", graph, "val/cat/0.png", "--json"]):
+        done = lsag(*command)
+        assert (done.returncode, done.stderr) == (0, line)
+        done = lsag(*command, "--provider", "cpu")
+        assert (done.returncode, done.stderr) == (0, "")
+    assert lsag("predict", "a.pt", "val/cat/0.png").stderr == ""
+    for model, options, said in ((graph, [], True), (graph, ["--provider", "cpu"], False), ("a.pt", [], False)):
+        done = lsag("eval", model, *options)
+        assert done.returncode == 0 and (line in done.stderr) == said, done.stderr
+
+
+@NO_CUDA
+def test_the_command_fails_at_once_and_names_the_fix(lsag, graph, folder):
+    start = time.monotonic()
+    done = lsag("predict", graph, folder, "--provider", "cuda")
+    assert_refused(done, 4, "NVIDIA driver", "install the NVIDIA driver, or use --provider cpu")
+    assert time.monotonic() - start < 10  # three seconds where nothing else runs
+    assert_refused(lsag("eval", graph, "--provider", "cuda"), 4, "NVIDIA driver")
+    assert_refused(lsag("eval", "a.pt", "--provider", "cuda"), 2, "--provider is for .onnx graphs")
+    assert_refused(lsag("eval", graph, "--device", "cpu"), 2, "use --provider")
+
+
+@NO_CUDA
+def test_the_driver_is_looked_for_without_torch():
+    with pytest.raises(UnavailableError):
+        check_driver("cuda")
+    assert torch_cuda() == torch.version.cuda
+    assert onnxruntime.__version__ in describe_installation() and "onnxruntime" in " ".join(distributions())
+
+
+def test_two_onnxruntimes_are_the_first_thing_to_mend(monkeypatch):
+    monkeypatch.setattr("lsag.inference.providers.distributions", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
+    assert how_to_fix("cuda").startswith("pip uninstall -y onnxruntime onnxruntime-gpu")
+
+
+def test_bits_that_flip_and_files_that_are_cut_change_no_prediction(graph, checkpoint, tmp_path):
+    good, generator = graph.read_bytes(), random.Random(0)
+    images, bad = made_up_images(4, checkpoint), tmp_path / "bad.onnx"
+    expected = Session(graph)(images)
+    for trial in range(150):
+        changed = bytearray(good)
+        if trial % 5 == 0:
+            del changed[generator.randrange(len(good)) :]
+        else:
+            changed[generator.randrange(len(good))] ^= 1 << generator.randrange(8)
+        bad.write_bytes(changed)
+        try:
+            found = Session(bad)(images)
+        except (InputError, UsageError):
+            continue
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["text", "empty", "absent", "folder"])
+def test_what_is_no_graph_is_refused(tmp_path, name):
+    (tmp_path / "text.onnx").write_text("no graph")
+    (tmp_path / "empty.onnx").touch()
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(InputError, match=name):
+        Session(tmp_path / f"{name}.onnx")
+
+
+def test_graphs_of_others_and_newer_ones_are_refused(write, graph):
+    def forget(model):
+        del model.metadata_props[:]
+
+    def renew(model):
+        entry = next(entry for entry in model.metadata_props if entry.key == "lsag")
+        entry.value = entry.value.replace('"format": 1', '"format": 2', 1)
+
+    with pytest.raises(InputError, match="was not exported by lsag"):
+        Session(write(forget, signed=False))
+    with pytest.raises(InputError, match="has format 2"):
+        Session(write(renew, signed=False))
+    with pytest.raises(InputError, match="digest differs"):
+        Session(write(lambda model: model.graph.initializer[0].ClearField("name"), signed=False))
+
+
+LOCATIONS = ["../weights", "/etc/passwd", "weights", "link", "hard", "folder/weights", ""]
+
+
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_weights_in_other_files_are_refused_wherever_they_lie(write, tmp_path, location):
+    (tmp_path / "weights").write_bytes(bytes(100_000))
+    (tmp_path / "link").symlink_to(tmp_path / "weights")
+    (tmp_path / "hard").hardlink_to(tmp_path / "weights")
+    (tmp_path / "folder").symlink_to(tmp_path)
+
+    def outsource(model):
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.raw_data)
+        size = len(tensor.raw_data)
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", "0"), ("length", str(size))):
+            tensor.external_data.add(key=key, value=value)
+
+    with pytest.raises(InputError, match="keeps weights in other files"):
+        Session(write(outsource))
+
+
+def test_weights_hidden_in_a_node_are_found_too(write):
+    tensor = TensorProto(name="t", data_type=1, dims=[1], data_location=TensorProto.EXTERNAL)
+
+    def hide(model):
+        model.graph.node.append(helper.make_node("Constant", [], ["unused"], value=tensor))
+
+    with pytest.raises(InputError, match="keeps weights in other files"):
+        Session(write(hide))
+
+
+@pytest.mark.parametrize(
+    ("node", "named"),
+    [
+        (helper.make_node("Evil", ["logits"], ["x"], domain="com.example"), "com.example.Evil"),
+        (
+            helper.make_node("FusedMatMul", ["logits", "logits"], ["x"], domain="com.microsoft"),
+            "com.microsoft.FusedMatMul",
+        ),
+        (helper.make_node("Loop", ["", "", "logits"], ["x"], body=helper.make_graph([], "body", [], [])), "Loop"),
+        (helper.make_node("RandomNormal", [], ["x"], shape=[10**6, 10**6]), "RandomNormal"),
+    ],
+)
+def test_operators_that_no_export_has_are_refused(write, node, named):
+    with pytest.raises(InputError, match=f"it has {named}, as no export has"):
+        Session(write(lambda model: model.graph.node.append(node)))
+
+
+def test_functions_are_refused(write):
+    function = helper.make_function("com.example", "F", ["x"], ["y"], [], [helper.make_opsetid("", 20)])
+    with pytest.raises(InputError, match="functions of its own"):
+        Session(write(lambda model: model.functions.append(function)))
+
+
+def test_work_that_is_left_to_the_cpu_is_refused(graph, monkeypatch):
+    """As if CUDA had loaded and taken nothing: what a real GPU does is not tested here."""
+    monkeypatch.setattr("lsag.inference.session.check_driver", lambda provider: None)
+    monkeypatch.setitem(PROVIDERS, "cuda", "CPUExecutionProvider")
+    with pytest.raises(UnavailableError, match=r"left \d+ nodes such as \w+ to the CPU"):
+        Session(graph, provider="cuda")
+
+
+def test_sparse_weights_are_refused(write):
+    def sparse(model):
+        model.graph.sparse_initializer.add()
+
+    with pytest.raises(InputError, match="keeps weights in other files"):
+        Session(write(sparse))
+
+
+def test_what_was_checked_is_what_runs(graph, tmp_path, monkeypatch, checkpoint):
+    """A file that is swapped after it was read changes nothing."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(graph.read_bytes())
+    check = Session._check
+
+    def swap(self, name):
+        check(self, name)
+        path.write_bytes(b"something else")
+
+    monkeypatch.setattr(Session, "_check", swap)
+    assert Session(path)(made_up_images(2, checkpoint)).isfinite().all()
+    assert path.read_bytes() == b"something else"

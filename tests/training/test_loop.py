@@ -1,0 +1,221 @@
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lsag import LSAG, load_checkpoint, load_preset
+from lsag.data.sources import open_split
+from lsag.errors import CheckError, InputError, OutputError, UnavailableError, UsageError, WorkerError
+from lsag.inference.evaluate import evaluate_file
+from lsag.training.events import Epoch, Started, Step
+from lsag.training.loop import data_parallel, make_mixup, train
+from tests.conftest import ABLATIONS, small_config
+
+
+def run(preset, out, **options):
+    return list(train(preset, data_dir=out.parent, out=out, device="cpu", **options))
+
+
+def newest(out):
+    return max(out.glob("step-*.pt"))
+
+
+@pytest.fixture
+def two_epochs(tiny_preset):
+    return tiny_preset.model_copy(update={"train": tiny_preset.train.model_copy(update={"epochs": 2})})
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, two_epochs):
+    events = run(two_epochs, tmp_path / "run")
+    assert isinstance(events[0], Started) and events[0].steps_per_epoch == 1437 // 64
+    epochs = [event for event in events if isinstance(event, Epoch)]
+    assert any(isinstance(event, Step) for event in events)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".lock",
+        "best.pt",
+        "curves.png",
+        "metrics.jsonl",
+        "preset.json",
+        "step-0000000000.pt",
+        "step-0000000044.pt",
+        "steps.jsonl",
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2] == [event.epoch for event in epochs]
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    assert rows[1]["step"] == 2 * (1437 // 64)
+    assert load_preset(tmp_path / "run/preset.json") == two_epochs
+    with Image.open(tmp_path / "run/curves.png") as image:
+        assert image.size == (1200, 480) and len(np.unique(np.asarray(image))) > 10
+    steps = [json.loads(line) for line in (tmp_path / "run/steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps] == list(range(1, 45))
+    assert rows[1]["train_loss"] == pytest.approx(np.mean([row["loss"] for row in steps[22:]]))
+    last = load_checkpoint(newest(tmp_path / "run"))
+    assert last.epoch == 2 and last.metrics["top1"] == rows[1]["top1"]
+    # The checkpoint alone gives back the figures of the run.
+    again = evaluate_file(newest(tmp_path / "run"), data_dir=tmp_path, device="cpu")
+    assert again.metrics.top1 == rows[1]["top1"] and again.metrics.loss == pytest.approx(rows[1]["eval_loss"], rel=1e-5)
+
+
+def test_the_best_epoch_is_kept(tmp_path, two_epochs, monkeypatch):
+    import lsag.training.loop as module
+
+    real, scores = module.evaluate, iter([0.9, 0.3])
+
+    def scored(*args, **kwargs):
+        from dataclasses import replace
+
+        return replace(real(*args, **kwargs), top1=next(scores))
+
+    monkeypatch.setattr(module, "evaluate", scored)
+    epochs = [event for event in run(two_epochs, tmp_path / "run") if isinstance(event, Epoch)]
+    assert [event.best_top1 for event in epochs] == [0.9, 0.9]
+    assert load_checkpoint(tmp_path / "run/best.pt").epoch == 1
+    assert load_checkpoint(newest(tmp_path / "run")).epoch == 2
+
+
+def test_equal_seeds_give_equal_weights(tmp_path, tiny_preset):
+    preset = load_preset(_write(tmp_path, tiny_preset), {"augment.mixup": 0.8, "augment.cutmix": 1.0})
+    for name, options in {"a": {}, "b": {"workers": 2}}.items():
+        run(preset, tmp_path / name, **options)
+    run(load_preset(_write(tmp_path, preset), {"train.seed": 1}), tmp_path / "c")
+    a, b, c = (load_checkpoint(newest(tmp_path / name)).model.state_dict() for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(not torch.equal(a[key], c[key]) for key in a)
+
+
+def _write(folder, preset):
+    path = folder / "written.json"
+    path.write_text(preset.model_dump_json())
+    return path
+
+
+# Losses of three epochs of a network that learns. A change that should not alter numbers leaves them equal.
+GOLDEN = ((2.27568, 2.20906), (2.15923, 1.96517), (1.99382, 1.85596))
+
+
+def test_golden_losses(tmp_path):
+    preset = load_preset(
+        "digits-nano",
+        {
+            "model.stages": [{"embed_dim": 32, "depth": 2, "num_heads": 2, "num_kv_heads": 1}] * 2,
+            "train.epochs": 3,
+            "train.warmup_epochs": 1,
+        },
+    )
+    epochs = [event for event in run(preset, tmp_path / "run") if isinstance(event, Epoch)]
+    for epoch, expected in zip(epochs, GOLDEN, strict=True):
+        assert (epoch.train_loss, epoch.eval_loss) == pytest.approx(expected, rel=2e-4)
+
+
+def test_folders_bring_their_classes(tmp_path, tiny_preset):
+    source = open_split("digits", tmp_path, train=True, in_channels=1)
+    for index in range(300):
+        image, label = source.load(index)
+        if label < 3:
+            for split in ("train", "val"):
+                place = tmp_path / "data" / split / f"digit-{label}"
+                place.mkdir(parents=True, exist_ok=True)
+                image.save(place / f"{index}.png")
+    preset = load_preset(_write(tmp_path, tiny_preset), {"train.batch_size": 32}, dataset="folder")
+    list(train(preset, data_dir=tmp_path / "data", out=tmp_path / "run", device="cpu"))
+    checkpoint = load_checkpoint(tmp_path / "run/best.pt")
+    assert checkpoint.classes == ("digit-0", "digit-1", "digit-2") and checkpoint.preset.model.num_classes == 3
+    (tmp_path / "data/val/digit-1").rename(tmp_path / "data/val/digit-9")
+    with pytest.raises(InputError, match="'digit-1' against 'digit-2'"):
+        list(train(preset, data_dir=tmp_path / "data", out=tmp_path / "again", device="cpu"))
+    assert not (tmp_path / "again").exists()
+
+
+def test_diverging_training_stops(tmp_path, tiny_preset):
+    preset = load_preset(_write(tmp_path, tiny_preset), {"train.lr": 1e30, "train.clip_grad": 1e30})
+    with pytest.raises(CheckError, match="diverged"):
+        run(preset, tmp_path / "run")
+
+
+def test_a_used_folder_and_an_absent_device_are_refused(tmp_path, tiny_preset):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/thesis.tex").write_text("important")
+    with pytest.raises(OutputError, match="used is not empty"):
+        run(tiny_preset, tmp_path / "used")
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OutputError, match=r"cannot write to|Not a directory"):
+        run(tiny_preset, tmp_path / "file")
+    with pytest.raises(UnavailableError, match="device 'tpu'"):
+        list(train(tiny_preset, data_dir=tmp_path, out=tmp_path / "x", device="tpu"))
+
+
+def test_weights_that_break_in_the_last_step_are_not_saved(tmp_path, two_epochs, monkeypatch):
+    import lsag.training.loop as module
+
+    real, calls = module.evaluate, []
+
+    def broken_second_time(*args, **kwargs):
+        from dataclasses import replace
+
+        calls.append(1)
+        return replace(real(*args, **kwargs), loss=float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(module, "evaluate", broken_second_time)
+    with pytest.raises(CheckError, match=r"evaluation after epoch 2.*step-0000000044.pt is the last good checkpoint"):
+        run(two_epochs, tmp_path / "run", save_minutes=0)
+    assert load_checkpoint(newest(tmp_path / "run")).epoch == 1
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("classes", [9, 12])
+def test_another_number_of_classes_than_the_data_has_is_refused(tmp_path, tiny_preset, classes):
+    preset = load_preset(_write(tmp_path, tiny_preset), {"model.num_classes": classes})
+    with pytest.raises(UsageError, match=f"digits has 10 classes, model.num_classes is {classes}"):
+        run(preset, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_names_the_file(tmp_path, tiny_preset, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"cannot write .*preset.json: No space left"):
+        run(tiny_preset, tmp_path / "run")
+
+
+def test_a_dead_worker_is_named(tmp_path, tiny_preset, monkeypatch):
+    import lsag.data.loading
+
+    parent = os.getpid()
+
+    def die(self, position):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(lsag.data.loading.TrainSet, "__getitem__", die)
+    with pytest.raises(WorkerError, match="DataLoader worker"):
+        run(tiny_preset, tmp_path / "run", workers=1)
+
+
+def test_mixup_follows_the_preset():
+    mix = make_mixup(load_preset("cifar-tiny"))
+    assert (mix.mixup_alpha, mix.cutmix_alpha, mix.mix_prob, mix.switch_prob) == (0.8, 1.0, 1.0, 0.5)
+    assert (mix.label_smoothing, mix.num_classes, mix.mode) == (0.1, 10, "batch")
+    assert make_mixup(load_preset("cifar-tiny", {"augment.mixup": 0, "augment.cutmix": 0})) is None
+    assert make_mixup(load_preset("cifar-tiny", {"augment.mixup_prob": 0})) is None
+
+
+def test_the_warm_up_of_ddp_is_not_counted_by_batch_norm():
+    """Else a continued run would not be the uninterrupted one."""
+    model = LSAG(small_config(**ABLATIONS["ii"])).train()
+    before = [buffer.clone() for buffer in model.buffers()]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        ddp = data_parallel(model, torch.device("cpu"), torch.float32, shape=(2, 3, 12, 12))
+        after = [buffer.clone() for buffer in model.buffers()]
+        ddp(torch.randn(2, 3, 12, 12))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(before, after, strict=True))
+    assert not all(torch.equal(ours, theirs) for ours, theirs in zip(before, model.buffers(), strict=True))

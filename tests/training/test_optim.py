@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from lsag import LSAG, load_preset
+from lsag.config import TrainConfig
+from lsag.training.optim import lr_at, make_optimizer
+from tests.conftest import ABLATIONS, small_config
+
+
+def test_learning_rate_of_the_recipe():
+    train, steps = load_preset("cifar-tiny").train, 67
+    scale = 736 / 512
+
+    def lr(step):
+        return lr_at(step, train=train, steps_per_epoch=steps)
+
+    assert lr(0) == pytest.approx(1e-6 * scale)
+    assert lr(5 * steps) == pytest.approx(5e-4 * scale)
+    middle = 5 * steps + (295 * steps) // 2
+    assert lr(middle) == pytest.approx((5e-4 + 1e-5) / 2 * scale, rel=1e-3)
+    assert lr(300 * steps) == pytest.approx(1e-5 * scale)
+    rates = [lr(step) for step in range(300 * steps)]
+    peak = rates.index(max(rates))
+    assert peak == 5 * steps
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_without_warm_up_the_cosine_starts_at_once():
+    train = TrainConfig(epochs=1, batch_size=512, warmup_epochs=0)
+    assert lr_at(0, train=train, steps_per_epoch=10) == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, *ABLATIONS.values()], ids=["full", *ABLATIONS])
+def test_only_matrices_and_kernels_are_decayed(changes):
+    model = LSAG(small_config(**changes))
+    optimizer = make_optimizer(model, load_preset("cifar-tiny").train)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {name for name, p in model.named_parameters() if p.dim() > 1 and "pos" not in name}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    assert isinstance(optimizer, torch.optim.AdamW)

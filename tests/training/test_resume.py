@@ -1,0 +1,457 @@
+"""Going on with a run, and what is refused; real processes that are killed are in tests/faults/."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lsag import LSAG, load_checkpoint, load_preset
+from lsag.checkpoint import random_checkpoint, save_checkpoint
+from lsag.data.loading import EpochBatches, batches, train_loader
+from lsag.data.sources import open_split
+from lsag.errors import CheckError, InputError, OutputError, UsageError
+from lsag.training.events import Epoch, Finished, Started
+from lsag.training.loop import train
+from tests.conftest import ROOT, TINY, assert_refused, images
+
+
+@pytest.fixture
+def preset(tiny_preset):
+    changes = {"train.epochs": 2, "augment.cutmix": 1.0, "augment.mixup": 0.8, "model.drop_path": 0.2}
+    return changed(tiny_preset, changes)
+
+
+def changed(preset, changes):
+    values = json.loads(preset.model_dump_json())
+    for key, value in changes.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    return type(preset).model_validate(values)
+
+
+def run(preset, out, **options):
+    return list(train(preset, data_dir=out.parent, out=out, device="cpu", **options))
+
+
+def stop_after(preset, out, steps, **options):
+    """Run until so many steps are reported, and abandon it there without a word, as a kill does."""
+    going = train(preset, data_dir=out.parent, out=out, device="cpu", save_minutes=0, **options)
+    for event in going:
+        if not isinstance(event, Started) and event.step >= steps:
+            break
+    going.close()
+
+
+def weights(out):
+    return load_checkpoint(max(out.glob("step-*.pt"))).model.state_dict()
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "steps.jsonl").read_text().splitlines()]
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("options", "ema"),
+    [
+        ({}, 0.0),
+        ({"accum": 4}, 0.9),
+        ({"workers": 2}, 0.0),  # whose random draws are not this process's
+        pytest.param({"precision": "fp16"}, 0.9, marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16", "recompute": "all"}, 0.0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_continued_run_equals_an_uninterrupted_one(tmp_path, preset, options, ema):
+    preset = changed(preset, {"train.ema_decay": ema})
+    run(preset, tmp_path / "whole", **options)
+    stop_after(preset, tmp_path / "parts", 22, **options)
+    events = run(preset, tmp_path / "parts", resume=True, **options)
+    assert events[0].first_step >= 22 and "continues after step" in events[0].notes[0]
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    again = run(preset, tmp_path / "parts", resume=True, **options)
+    assert isinstance(again[-1], Finished) and again[-1].best_top1 == events[-1].best_top1 and len(again) == 2
+
+
+@pytest.mark.slow
+def test_a_continued_run_goes_on_with_what_batch_norm_counted(tmp_path, preset):
+    changes = {"shifts": ((0, 0),), "local": "cvt", "patch_stride": 2, "patch_kernel": 4, "patch_padding": 1}
+    preset = preset.model_copy(update={"model": preset.model.model_copy(update=changes)})
+    list(train(preset, data_dir=tmp_path, out=tmp_path / "whole", device="cpu"))
+    stop_after(preset, tmp_path / "two", 9)
+    list(train(preset, data_dir=tmp_path, out=tmp_path / "two", device="cpu", resume=True))
+    whole = weights(tmp_path / "whole")
+    assert_equal(whole, weights(tmp_path / "two"))
+    assert whole["stages.0.blocks.0.attn.convs.0.1.num_batches_tracked"] == len(losses(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_half_precision_changes_little(tmp_path, preset):
+    for name, options in {"a": {}, "c": {"precision": "bf16"}}.items():
+        run(preset, tmp_path / name, **options)
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "c"), rel=0.02)
+
+
+def test_no_generator_s_state_is_consulted(tmp_path, preset):
+    run(preset, tmp_path / "whole")
+    stop_after(preset, tmp_path / "parts", 5)
+    import random
+
+    import numpy as np
+
+    for poison in (random.seed, np.random.seed, torch.manual_seed):
+        poison(12345)
+    run(preset, tmp_path / "parts", resume=True)
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_the_moving_average_is_what_is_kept(tmp_path, preset):
+    preset = changed(preset, {"train.ema_decay": 0.9, "train.epochs": 1})
+    run(preset, tmp_path / "run")
+    saved = load_checkpoint(max((tmp_path / "run").glob("step-*.pt")))
+    raw, average = saved.training["weights"], saved.model.state_dict()
+    assert any(not torch.equal(raw[key], average[key]) for key in raw)
+    assert saved.training["ema_updates"] == 22
+    assert_equal(average, load_checkpoint(tmp_path / "run/best.pt").model.state_dict())
+    assert load_checkpoint(tmp_path / "run/best.pt").training is None
+
+
+def test_eight_ranks_see_what_one_that_accumulates_sees(preset, tmp_path):
+    source = open_split("digits", tmp_path, train=True, in_channels=1)
+
+    def slices(rank, size, accum):
+        order = EpochBatches(len(source), preset, rank=rank, size=size, accum=accum)
+        order.epoch, order.first_step = 3, 5
+        read = list(batches(train_loader(source, preset, order, workers=0)))
+        assert len(read) == (order.num_steps - 5) * accum
+        return [read[i : i + accum] for i in range(0, len(read), accum)]
+
+    alone = slices(0, 1, 8)
+    for size, accum in ((8, 1), (4, 2), (2, 4)):
+        ranks = [slices(rank, size, accum) for rank in range(size)]
+        for step, expected in enumerate(alone):
+            together = [item for rank in ranks for item in rank[step]]
+            for (a, b), (c, d) in zip(together, expected, strict=True):
+                assert torch.equal(a, c) and torch.equal(b, d)
+
+
+def test_a_batch_that_cannot_be_cut_names_the_nearest(preset):
+    assert preset.slice_size(8) == 8
+    with pytest.raises(UsageError, match=r"64 cannot be cut into 3 equal slices.*batch_size=60 or 66"):
+        preset.slice_size(3)
+    with pytest.raises(UsageError, match=r"of even size, which mixup and cutmix need.*batch_size=128,"):
+        preset.slice_size(64)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, preset, caplog):
+    run(preset, tmp_path / "whole")
+    stop_after(preset, tmp_path / "run", 30)
+    newest = max((tmp_path / "run").glob("step-*.pt"))
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        events = run(preset, tmp_path / "run", resume=True)
+    assert len(caplog.messages) == 1 and "truncated or damaged" in caplog.messages[0]
+    assert newest.with_suffix(".pt.corrupt").read_bytes() == data
+    assert f"step-{events[0].first_step:010d}.pt" != newest.name
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    for path in (tmp_path / "run").glob("step-*.pt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="none of the 3 checkpoints"):
+        run(preset, tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_of_the_future_is_not_called_damaged(tmp_path, preset):
+    stop_after(preset, tmp_path / "run", 5)
+    newest = max((tmp_path / "run").glob("step-*.pt"))
+    contents = torch.load(newest)
+    torch.save({**contents, "format": 2}, newest)
+    with pytest.raises(InputError, match=r"format 2, this lsag reads 1 — upgrade lsag"):
+        run(preset, tmp_path / "run", resume=True)
+    assert newest.exists()
+
+
+def test_torn_logs_are_mended(tmp_path, preset):
+    run(preset, tmp_path / "whole")
+    stop_after(preset, tmp_path / "run", 30)
+    with (tmp_path / "run/steps.jsonl").open("a") as log:
+        log.write('{"step": 9999, "loss": 1.0}\n{"step": 10000, "lo')
+    run(preset, tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_another_run_is_not_gone_on_with(tmp_path, preset):
+    stop_after(preset, tmp_path / "run", 5)
+    with pytest.raises(OutputError, match=r"holds a run — continue it with --resume"):
+        run(preset, tmp_path / "run")
+    slower = changed(preset, {"train.lr": 1e-3, "train.weight_decay": 0.1})
+    with pytest.raises(UsageError, match=r"another train.lr, train.weight_decay — .*--allow-change train.lr"):
+        run(slower, tmp_path / "run", resume=True)
+    with pytest.raises(UsageError, match=r"another model.drop_path — leave the settings as they were$"):
+        run(changed(preset, {"model.drop_path": 0.3}), tmp_path / "run", resume=True)
+    with pytest.raises(UsageError, match="lies outside its epoch"):
+        stop_after(preset, tmp_path / "late", 25)
+        smaller = changed(preset, {"train.batch_size": 32})
+        run(smaller, tmp_path / "late", resume=True, allow_change=["train.batch_size"])
+    with pytest.raises(UsageError, match=r"--allow-change train.lrr: no such setting"):
+        run(slower, tmp_path / "run", resume=True, allow_change=["train.lrr"])
+    events = run(slower, tmp_path / "run", resume=True, allow_change=["train.lr", "train.weight_decay"])
+    assert isinstance(events[-1], Finished)
+
+
+def test_other_images_are_another_run(tmp_path, preset, monkeypatch):
+    stop_after(preset, tmp_path / "run", 5)
+    import lsag.data.sources
+
+    monkeypatch.setattr(lsag.data.sources.ArraySource, "fingerprint", lambda self: "other")
+    with pytest.raises(UsageError, match="run on other images"):
+        run(preset, tmp_path / "run", resume=True)
+    run(preset, tmp_path / "run", resume=True, allow_change=["data"])
+
+
+def test_what_a_run_leaves_before_its_first_checkpoint_is_no_obstacle(tmp_path, preset):
+    (tmp_path / "run").mkdir()
+    for name in ("preset.json", "steps.jsonl", ".lock", ".step-0000000000.pt.abc"):
+        (tmp_path / "run" / name).write_text("{}\n")
+    run(changed(preset, {"train.epochs": 1}), tmp_path / "run")
+    assert not (tmp_path / "run/.step-0000000000.pt.abc").exists() and len(losses(tmp_path / "run")) == 22
+
+
+def test_steps_that_are_not_finite_are_skipped(tmp_path, preset, monkeypatch):
+    import lsag.training.loop as module
+
+    bad = iter([False] * 4 + [True] * 3 + [False] * 10_000)
+    monkeypatch.setattr(module, "failpoint", lambda name: name == "after_forward" and next(bad))
+    epochs = [event for event in run(preset, tmp_path / "run") if isinstance(event, Epoch)]
+    assert [index for index, loss in enumerate(losses(tmp_path / "run")) if loss is None] == [4, 5, 6]
+    assert epochs[0].skipped_steps == 3
+    assert epochs[0].train_loss == pytest.approx(sum(filter(None, losses(tmp_path / "run")[:22])) / 19)
+    bad = iter([False] * 4 + [True] * 10_000)
+    with pytest.raises(CheckError, match=r"in 10 steps in a row.*step-0000000000.pt is the last good checkpoint"):
+        run(preset, tmp_path / "lost")
+
+
+@pytest.mark.slow
+def test_compiled_in_place(tmp_path, preset):
+    preset = changed(preset, {"train.epochs": 1})
+    run(preset, tmp_path / "plain")
+    run(preset, tmp_path / "compiled", compile=True)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
+    assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "plain").keys()
+
+
+def test_fine_tuning(tmp_path, preset):
+    """Other size and other classes: positions are resized, the head is new, everything else is the checkpoint's."""
+    run(changed(preset, {"train.epochs": 1}), tmp_path / "first")
+    start = tmp_path / "first/best.pt"
+    larger = changed(preset, {"model.image_size": 12, "train.epochs": 1})
+    events = run(larger, tmp_path / "larger", init_from=start, reset_head=True)
+    assert events[0].notes == (
+        f"weights from {start}",
+        "a new head for 10 classes",
+        "embed.pos resized from 8 x 8 to 12 x 12 patches",
+        "stages.1.pos resized from 4 x 4 to 6 x 6 patches",
+    )
+    begun = load_checkpoint(start).model.state_dict()
+    before = load_checkpoint(tmp_path / "larger/step-0000000000.pt").model.state_dict()
+    for key, value in before.items():
+        assert torch.equal(value, begun[key]) == (not key.endswith("pos") and not key.startswith("head.")), key
+    old = begun["embed.pos"].unflatten(0, (8, 8))
+    assert torch.allclose(before["embed.pos"].unflatten(0, (12, 12)).mean(dim=(0, 1)), old.mean(dim=(0, 1)), atol=2e-3)
+    with pytest.raises(InputError, match="which is another network"):
+        other = load_preset("digits-nano")
+        run(other, tmp_path / "wrong", init_from=start)
+
+
+def test_fine_tuning_to_other_classes_wants_a_new_head(tmp_path, preset):
+    seven = preset.model_copy(update={"model": preset.model.model_copy(update={"num_classes": 7})})
+    save_checkpoint(tmp_path / "seven.pt", random_checkpoint(seven))
+    with pytest.raises(InputError, match=r"has 7 classes, asked for 10 — add --reset-head"):
+        run(preset, tmp_path / "run", init_from=tmp_path / "seven.pt")
+    run(changed(preset, {"train.epochs": 1}), tmp_path / "new", init_from=tmp_path / "seven.pt", reset_head=True)
+
+
+def test_recomputation_gives_the_same_gradients(preset):
+    model = LSAG(preset.model).train()
+    batch = images(4, preset.model)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(batch).square().sum().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert_equal(*gradients)
+
+
+RANKS = """
+import os, sys
+import torch, torch.distributed as dist
+from lsag import load_preset
+from lsag.checkpoint import random_checkpoint
+from lsag.data import eval_loader
+from lsag.sources import open_split
+from lsag.distributed import World
+from lsag.evaluate import classifier, evaluate
+
+torch.set_num_threads(1)
+preset = load_preset("digits-nano")
+source = open_split("digits", None, train=False, in_channels=1)
+for size in (1, 2, 3, 4):
+    for rank in range(size):
+        if os.fork() == 0:
+            if size > 1:
+                dist.init_process_group("gloo", store=dist.FileStore(f"store-{size}", size), rank=rank, world_size=size)
+            checkpoint = random_checkpoint(preset)
+            heard = []
+            loader = eval_loader(source, preset, batch_size=50, workers=0, rank=rank, size=size)
+            metrics = evaluate(
+                classifier(checkpoint, torch.device("cpu")), loader, count=len(source), batch_size=50, num_classes=10,
+                world=World(rank, size), on_batch=heard.append,
+            )
+            line = f"{metrics.count} {metrics.loss.hex()} {metrics.top1} {metrics.top5} {metrics.confusion.tolist()}"
+            open(f"rank-{size}-{rank}", "w").write(f"{line} {metrics.predictions.tolist()}|{len(heard)}")
+            os._exit(0)
+    for rank in range(size):
+        assert os.wait()[1] == 0
+"""
+
+
+def test_any_number_of_ranks_evaluates_alike(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    subprocess.run([sys.executable, "-c", RANKS], cwd=tmp_path, env=environment, check=True, timeout=120)
+    results = {path.name: path.read_text().split("|") for path in tmp_path.glob("rank-*")}
+    assert len(results) == 10 and len({figures for figures, _ in results.values()}) == 1
+    assert results["rank-1-0"][0].startswith("360 ")
+    assert {name[5]: calls for name, (_, calls) in results.items()} == {"1": "8", "2": "4", "3": "3", "4": "2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--resume"], 3, ["there is no run in ./runs"]),
+        (["--resume", "nowhere"], 3, ["nothing to go on with in nowhere", "no such folder"]),
+        (["runs/x"], 2, ["unexpected argument runs/x", "--resume RUN"]),
+        (["--procs", "2"], 2, ["--procs is for the CPU"]),
+        (["--procs", "3", "--device", "cpu"], 2, ["64 cannot be cut into 3", "60 or 66"]),
+        (["--gpus", "many"], 2, ["no number of GPUs"]),
+        (["--gpus", "0,99"], 4, ["asked for GPUs 0,99, found"]),
+        (["--nodes", "2", "--device", "cpu"], 2, ["--nodes, --rdzv-endpoint and --out"]),
+        (["--rdzv-endpoint", "localhost:1", "--out", "x"], 2, ["--nodes, --rdzv-endpoint and --out"]),
+        (["--reset-head"], 2, ["--init-from"]),
+        (["--allow-change", "train.lr"], 2, ["--resume"]),
+        (["--probe"], 2, ["--dry-run"]),
+        (["--init-from", "absent.pt"], 3, ["absent.pt"]),
+        (["--accum", "5"], 2, ["cannot be cut into 5"]),
+    ],
+)
+def test_refusals(lsag, arguments, code, words):
+    assert_refused(lsag("train", *arguments), code, *words)
+
+
+def test_a_launcher_inside_a_launched_rank_is_refused(lsag):
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    asked = ["train", "--device", "cpu", "--procs", "4"]
+    assert_refused(
+        lsag(*asked, env=world), 2, "this is one of 2 processes, 1 of them here", "leave out --gpus, --procs"
+    )
+
+
+def test_half_an_environment_is_refused(lsag):
+    assert_refused(lsag("train", env={"RANK": "0", "MASTER_ADDR": "x"}), 2, "has RANK, but not WORLD_SIZE, LOCAL_RANK")
+    done = lsag("train", env={"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+    assert_refused(done, 2, "MASTER_ADDR, MASTER_PORT", "docs/cluster.md")
+
+
+def test_the_plan_with_a_probe(lsag):
+    done = lsag("train", "--dry-run", "--probe", "--device", "cpu", "--accum", "2")
+    assert done.returncode == 0, done.stderr
+    assert "64 = 1 devices x 2 slices x 32 images" in done.stdout
+    assert "measured on one device" in done.stdout and "GiB at its peak" in done.stdout
+    plan = json.loads(lsag("train", "--dry-run", "--probe", "--device", "cpu", "--json").stdout)
+    assert plan["training_seconds"] == pytest.approx(plan["steps"] * plan["step_seconds"])
+
+
+def test_tensorboard_gets_the_figures_of_the_log(lsag, tmp_path):
+    done = lsag("train", *TINY, "--tensorboard", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    for name in ("train_loss", "eval_loss", "top1", "top5"):
+        (event,) = events.Scalars(f"epoch/{name}")
+        assert (event.step, event.value) == (1, pytest.approx(row[name]))
+    assert events.Scalars("train/lr")[-1].step == 22
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epoch", float("nan")),
+        ("epoch", -1),
+        ("best_top1", "a"),
+        ("loss_sum", None),
+        ("optimizer", {}),
+        ("weights", {}),
+    ],
+)
+def test_a_state_that_makes_no_sense_is_refused(tmp_path, preset, key, value):
+    stop_after(preset, tmp_path / "run", 5)
+    newest = max((tmp_path / "run").glob("step-*.pt"))
+    contents = torch.load(newest)
+    contents["training"][key] = value
+    torch.save(contents, newest)
+    with pytest.raises(InputError, match="cannot be continued"):
+        run(preset, tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_under_another_s_name_is_passed_over(tmp_path, preset, caplog):
+    stop_after(preset, tmp_path / "run", 5)
+    min((tmp_path / "run").glob("step-*.pt")).rename(tmp_path / "run/step-0000009999.pt")
+    events = run(preset, tmp_path / "run", resume=True)
+    assert "holds another step than its name says" in caplog.text and events[0].first_step < 100
+
+
+def test_logs_that_are_no_files_are_refused(tmp_path, preset):
+    stop_after(preset, tmp_path / "run", 5)
+    (tmp_path / "run/metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "run/metrics.jsonl")
+    with pytest.raises(OutputError, match="not a regular file"):
+        run(preset, tmp_path / "run", resume=True)
+
+
+def test_logs_that_are_no_logs_are_begun_anew(tmp_path, preset):
+    stop_after(preset, tmp_path / "run", 5)
+    (tmp_path / "run/metrics.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"epoch": "a"}\n{"step": 3}\n')
+    (tmp_path / "run/steps.jsonl").write_bytes(b'\x00\x00\n{"step": "a"}\n{"epoch": 1}\n')
+    run(preset, tmp_path / "run", resume=True)
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert len(losses(tmp_path / "run")) > 20
+
+
+def test_nonsense_in_the_environment(lsag):
+    assert_refused(lsag("train", env={"SLURM_STEP_NUM_TASKS": "x"}), 2, "SLURM_STEP_NUM_TASKS")
+    assert_refused(lsag("train", env={"LSAG_FAILPOINT": "garbage"}), 2, "name:count:kind")
+    assert_refused(lsag("train", "--gpus", "9" * 30), 4, "found")
+    assert_refused(lsag("train", "--gpus", "x", env={"LSAG_LAUNCHER": "1"}), 2, "no number of GPUs")
+    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    inherited = {"LSAG_LAUNCHER": "1", "LSAG_LAUNCH_FOLDER": "/tmp"}
+    assert_refused(lsag("train", env=world | inherited), 7, "unset LSAG_LAUNCHER")
+
+
+def test_ranks_train_into_a_folder_below_another(lsag, tmp_path):
+    """The launcher makes a folder named after the run, in which a path would be one more folder."""
+    done = lsag("train", *TINY, "--device", "cpu", "--procs", "2", "--workers", "0", "--out", tmp_path / "deep/run")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "deep/run/best.pt").is_file()
