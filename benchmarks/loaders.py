@@ -32,7 +32,7 @@ def main() -> None:
     for name, folder in zip(options.pairs[::2], options.pairs[1::2], strict=True):
         batch = BATCH.get(name, 8)
         preset = load_preset(name, {"train.batch_size": batch}, dataset="folder")
-        source = open_split("folder", Path(folder), train=True, in_channels=preset.model.in_channels)
+        source = open_split("folder", Path(folder), train=True, mode=preset.image_mode)
         if isinstance(source, FolderSource):
             source = source.packed()
         order = EpochBatches(len(source), preset)

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from lsag.checkpoint import load_checkpoint, random_checkpoint
-from lsag.config import Preset
+from lsag.config import Preset, Recompute
 from lsag.device import autocast, autocast_dtype, choose_device, peak_memory
 from lsag.errors import UsageError
 from lsag.inference.session import Session
 from lsag.model.build import (
-    Recompute,
     build_model,
     count_macs,
     count_model,

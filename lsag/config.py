@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, V
 from lsag.errors import UsageError
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "imagenet", "folder"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Recompute = Literal["none", "local", "all"]
 # Strict scalars: "10" or true is no number, while a list may stand for a tuple.
 Integer = Annotated[int, Strict()]
 Real = Annotated[float, Strict(), Field(allow_inf_nan=False)]
@@ -262,6 +264,11 @@ class Preset(_Frozen):
         if self.augment.rand_augment and channels != 3:
             raise ValueError("augment.rand_augment needs colour images (model.in_channels = 3); set it to 'none'")
         return self
+
+    @property
+    def image_mode(self) -> Literal["L", "RGB"]:
+        """Pillow's mode of the images."""
+        return "L" if self.model.in_channels == 1 else "RGB"
 
     def slice_size(self, num_slices: int) -> int:
         """Images in each of the equal slices that a batch is cut into, one for each rank and accumulation step.

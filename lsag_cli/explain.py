@@ -45,7 +45,7 @@ def explain(
         from lsag.plots import draw_explanation
 
     loaded = load_checkpoint(checkpoint)
-    found = run(loaded, open_image(image, "L" if loaded.preset.model.in_channels == 1 else "RGB"), point=point)
+    found = run(loaded, open_image(image, loaded.preset.image_mode), point=point)
     draw_explanation(found, out, title=f"{loaded.preset.name}: {image.name}")
     if as_json:
         shares = [

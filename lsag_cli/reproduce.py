@@ -174,9 +174,8 @@ def state_cost(todo: Sequence[Run], *, device: str, data_dir: Path, at_a_time: i
         preset, name = run.preset, run.preset.data.dataset
         if name not in images:
             known = DATASETS.get(name)
-            channels = preset.model.in_channels
             images[name] = (
-                known.train_images if known else len(open_split(name, data_dir, train=True, in_channels=channels))
+                known.train_images if known else len(open_split(name, data_dir, train=True, mode=preset.image_mode))
             )
         batch = min(preset.train.batch_size, (16 if preset.model.image_size < 64 else 2) if cpu else 64)
         if preset.name not in steps:

@@ -164,13 +164,12 @@ def open_image(path: Path, mode: str) -> Image.Image:
         raise InputError(f"cannot read image {path}: {reason}", "repair or remove the file") from error
 
 
-def open_split(dataset: str, data_dir: Path, *, train: bool, in_channels: int, download: bool = True) -> Source:
-    """One split of a dataset: `digits`, `cifar10`, `cifar100`, `imagenet` or `folder`.
+def open_split(dataset: str, data_dir: Path, *, train: bool, mode: str, download: bool = True) -> Source:
+    """One split of a dataset: `digits`, `cifar10`, `cifar100`, `imagenet` or `folder`, as images in `mode` L or RGB.
 
     `digits` needs no files; CIFAR is downloaded into `data_dir` where it is absent and `download` allows;
     `imagenet` and `folder` are `data_dir`/train and `data_dir`/val (or test), each with one folder per class.
     """
-    mode = "L" if in_channels == 1 else "RGB"
     if dataset == "digits":
         return _digits(train, mode)
     if dataset in ("cifar10", "cifar100"):

@@ -139,7 +139,7 @@ def _dataset(name: str, data_dir: Path) -> Finding:
     from lsag.data.sources import open_split
 
     try:
-        found = open_split(name, data_dir, train=True, in_channels=3, download=False)
+        found = open_split(name, data_dir, train=True, mode="RGB", download=False)
     except LsagError as error:
         return Finding(name, f"not found: {error.what}")
     return Finding(name, f"{len(found):,} training images of {len(found.classes)} classes in {data_dir}")

@@ -124,7 +124,7 @@ def evaluate_file(
     opened = open_model(path, device=device, provider=provider)
     preset, classes = opened.preset, opened.classes
     dataset = preset.data.dataset if dataset is None else dataset
-    source = open_split(dataset, Path(data_dir), train=False, in_channels=preset.model.in_channels, download=download)
+    source = open_split(dataset, Path(data_dir), train=False, mode=preset.image_mode, download=download)
     check_classes(classes, source.classes, what=f"{path} (preset {preset.name})", where=dataset)
     if workers is None:
         workers = choose_workers(len(source))

@@ -181,7 +181,7 @@ def describe(checkpoint: Checkpoint, *, half: bool, batch: int | None, raw_input
             "layout": "NCHW" if raw_input else "NHWC",
             "dtype": "float32" if raw_input else "uint8",
             "batch": batch,
-            "mode": "L" if preset.model.in_channels == 1 else "RGB",
+            "mode": preset.image_mode,
             "resize_shorter_side": preset.data.eval_resize or preset.model.image_size,
             "center_crop": preset.model.image_size,
             "interpolation": preset.data.interpolation,

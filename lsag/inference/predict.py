@@ -32,11 +32,10 @@ def predict(model: Opened, images: Iterable[Path], *, top_k: int = 5, batch_size
     An image that cannot be read gives a Prediction with its `error`. InputError for outputs that are not finite.
     """
     transform, remaining = eval_transform(model.preset), iter(images)
-    mode = "L" if model.preset.model.in_channels == 1 else "RGB"
 
     def load(path: Path) -> Tensor | InputError:
         try:
-            return transform(open_image(path, mode))
+            return transform(open_image(path, model.preset.image_mode))
         except InputError as error:
             return error
 

@@ -3,19 +3,18 @@
 import ast
 import copy
 import re
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lsag.config import ModelConfig, TimmConfig
+from lsag.config import ModelConfig, Recompute, TimmConfig
 from lsag.errors import UsageError, first_line
 from lsag.model.flops import Count, count
 from lsag.model.network import LSAG
 
-Recompute = Literal["none", "local", "all"]
 ARGUMENTS = {
     "num_classes": "num_classes",
     "in_chans": "in_channels",

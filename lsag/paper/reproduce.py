@@ -24,6 +24,7 @@ from lsag.files import replacing, writing
 from lsag.model.flops import Count
 from lsag.paper.tables import Row, Scale
 from lsag.presets import load_preset
+from lsag.runs import METRICS, PRESET
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Run:
 
         InputError if its log is damaged.
         """
-        given, log = self.folder / "preset.json", self.folder / "metrics.jsonl"
+        given, log = self.folder / PRESET, self.folder / METRICS
         if not given.is_file():
             return self
         different = [key for key in changed_keys(load_preset(given), self.preset) if key != "model.num_classes"]

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lsag.checkpoint import initialise_from, load_checkpoint, save_checkpoint
-from lsag.config import Preset
+from lsag.config import Preset, Recompute
 from lsag.data.loading import EpochBatches, batches, choose_workers, eval_loader, random_key, train_loader
 from lsag.data.sources import FolderSource, Source, check_classes, open_split
 from lsag.device import autocast, autocast_dtype, peak_memory
@@ -30,11 +30,12 @@ from lsag.failpoints import failpoint
 from lsag.files import replacing
 from lsag.inference.classifier import classifier
 from lsag.inference.evaluate import evaluate
-from lsag.model.build import Recompute, build_model, check_training, image_shape, set_recompute
+from lsag.model.build import build_model, check_training, image_shape, set_recompute
 from lsag.plots import draw_curves
+from lsag.runs import BEST, CURVES, PRESET, step_files
 from lsag.training.events import Epoch, Finished, Progress, Started, Step
 from lsag.training.optim import lr_at, make_optimizer, moving_average
-from lsag.training.run import BEST, CURVES, PRESET, RunFolder, check_run_folder, step_files
+from lsag.training.run import RunFolder, check_run_folder
 from lsag.training.signals import Signals, StopRequestedError, stopped
 from lsag.training.state import Position, State
 
@@ -416,7 +417,7 @@ def open_data(preset: Preset, data_dir: Path, world: World, *, download: bool) -
 
     def opened(*, train: bool) -> Source:
         may = download and world.local_rank == 0
-        found = open_split(data.dataset, data_dir, train=train, in_channels=model.in_channels, download=may)
+        found = open_split(data.dataset, data_dir, train=train, mode=preset.image_mode, download=may)
         return found.packed() if isinstance(found, FolderSource) else found
 
     # One process of each machine comes first: what it downloads, the others find.

@@ -5,7 +5,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import shutil
 import socket
 from collections.abc import Callable, Mapping
@@ -17,31 +16,12 @@ from lsag.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lsag.errors import DamagedError, InputError, OutputError
 from lsag.failpoints import failpoint
 from lsag.files import replacing, sync_folder, writing
+from lsag.runs import BEST, CURVES, LOCK, METRICS, PRESET, STEPS, step_file, step_files
 
 KEEP = 3
 """Checkpoints that are kept beside best.pt."""
-STEP_FILE = re.compile(r"step-(\d{10})\.pt")
-LOCK, PRESET, STEPS, METRICS, CURVES, BEST = (
-    ".lock",
-    "preset.json",
-    "steps.jsonl",
-    "metrics.jsonl",
-    "curves.png",
-    "best.pt",
-)
 
 logger = logging.getLogger(__name__)
-
-
-def step_files(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first. What counts is the step in the name, not a clock."""
-    try:
-        names = [entry.name for entry in folder.iterdir() if STEP_FILE.fullmatch(entry.name)]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror}", "choose another folder") from error
-    return [folder / name for name in sorted(names, reverse=True)]
 
 
 def check_run_folder(out: Path, *, resume: bool) -> None:
@@ -123,7 +103,7 @@ class RunFolder:
         failpoint("before_save")
         self.steps.flush(sync=True)
         self.epochs.flush(sync=True)
-        path = self.path / f"step-{step:010d}.pt"
+        path = step_file(self.path, step)
         save_checkpoint(path, checkpoint)
         for old in step_files(self.path)[KEEP:]:
             failpoint("mid_prune")

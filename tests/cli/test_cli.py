@@ -410,7 +410,7 @@ def test_errors_keep_their_code_and_object_when_stderr_is_full():
 def test_interrupting_anything_is_one_line(trained):
     best = trained[0] / "runs/first/best.pt"
     code = (
-        "import signal, sys, lsag.evaluate as e\n"
+        "import signal, sys, lsag.inference.evaluate as e\n"
         "def interrupted(*a, **k): signal.raise_signal(signal.SIGINT)\n"
         "e.evaluate_file = interrupted\n"
         f"sys.argv = ['lsag', 'eval', {str(best)!r}]\n"

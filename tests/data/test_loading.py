@@ -18,7 +18,7 @@ from lsag.errors import InputError, UsageError, WorkerError
 def test_broken_images_end_an_epoch_with_their_name(folder):
     (folder / "train/dog/2.png").write_bytes(b"broken")
     preset = load_preset("cifar-nano", {"train.batch_size": 4}, dataset="folder")
-    source = open_split("folder", folder, train=True, in_channels=3)
+    source = open_split("folder", folder, train=True, mode="RGB")
     for workers in (0, 1):
         loader = train_loader(source, preset, EpochBatches(len(source), preset), workers=workers)
         with pytest.raises(InputError, match=r"cannot read image .*dog/2\.png: not an image"):
@@ -30,7 +30,7 @@ def test_broken_images_end_an_epoch_with_their_name(folder):
 def test_a_worker_that_died_between_two_epochs_is_named(tmp_path):
     """torch waits for an answer of each worker before an epoch begins, too."""
     preset = load_preset("digits-nano")
-    source = open_split("digits", tmp_path, train=True, in_channels=1)
+    source = open_split("digits", tmp_path, train=True, mode="L")
     order = EpochBatches(len(source), preset)
     loader = train_loader(source, preset, order, workers=2)
     others = set(multiprocessing.active_children())
@@ -47,7 +47,7 @@ def test_signals_leave_workers_at_work_but_not_for_ever(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lsag.data, "WORKER_GRACE", 3)
     preset = load_preset("digits-nano")
-    source = open_split("digits", tmp_path, train=True, in_channels=1)
+    source = open_split("digits", tmp_path, train=True, mode="L")
     order = EpochBatches(len(source), preset)
     loader = train_loader(source, preset, order, workers=1)
     loading = batches(loader)
@@ -62,7 +62,7 @@ def test_signals_leave_workers_at_work_but_not_for_ever(tmp_path, monkeypatch):
 
 def test_what_is_random_depends_on_seed_epoch_and_image_alone(folder):
     preset = load_preset("cifar-tiny", {"train.batch_size": 4, "model.image_size": 8}, dataset="folder")
-    source = open_split("folder", folder, train=True, in_channels=3)
+    source = open_split("folder", folder, train=True, mode="RGB")
 
     def epoch(number, workers, preset=preset):
         order = EpochBatches(len(source), preset)
@@ -132,7 +132,7 @@ def test_evaluation_resizes_crops_and_normalises():
 
 def test_evaluation_gives_each_image_once_in_order(folder):
     preset = load_preset("cifar-nano", dataset="folder")
-    source = open_split("folder", folder, train=False, in_channels=3)
+    source = open_split("folder", folder, train=False, mode="RGB")
     labels = torch.cat([labels for _, labels in batches(eval_loader(source, preset, batch_size=3, workers=1))])
     assert labels.tolist() == [0, 0, 1, 1]
 

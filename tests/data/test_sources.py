@@ -12,7 +12,7 @@ from lsag.errors import InputError, UnavailableError, UsageError
 
 
 def test_digits_are_split_once_and_for_all():
-    train, held_out = (open_split("digits", None, train=flag, in_channels=1) for flag in (True, False))
+    train, held_out = (open_split("digits", None, train=flag, mode="L") for flag in (True, False))
     assert (len(train), len(held_out), train.classes) == (1437, 360, list("0123456789"))
     assert np.bincount(held_out.labels).tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
     both = np.concatenate([train.images, held_out.images])
@@ -22,44 +22,44 @@ def test_digits_are_split_once_and_for_all():
 
 
 def test_folders_are_read_in_order(folder):
-    source = open_split("folder", folder, train=True, in_channels=3)
+    source = open_split("folder", folder, train=True, mode="RGB")
     assert source.classes == ["cat", "dog"] and len(source) == 8
     image, label = source.load(5)
     assert (image.mode, image.size, label) == ("RGB", (10, 12), 1)
     assert source.name(5).endswith("dog/1.png")
-    assert open_split("folder", folder, train=False, in_channels=1).load(0)[0].mode == "L"
+    assert open_split("folder", folder, train=False, mode="L").load(0)[0].mode == "L"
 
 
 def test_test_folders_serve_where_there_is_no_val(folder):
     (folder / "val").rename(folder / "test")
-    assert len(open_split("folder", folder, train=False, in_channels=3)) == 4
+    assert len(open_split("folder", folder, train=False, mode="RGB")) == 4
     with pytest.raises(InputError, match="imagenet is not at"):
-        open_split("imagenet", folder, train=False, in_channels=3)
+        open_split("imagenet", folder, train=False, mode="RGB")
 
 
 def test_odd_files_in_a_folder_are_passed_over(folder):
     (folder / "train/cat/._0.png").write_text("resource fork")
     (folder / "train/cat/notes.txt").write_text("not an image")
     os.mkfifo(folder / "train/cat/pipe")
-    assert len(open_split("folder", folder, train=True, in_channels=3)) == 8
+    assert len(open_split("folder", folder, train=True, mode="RGB")) == 8
 
 
 def test_links_to_folders_are_not_followed(folder):
     (folder / "val/cat/loop").symlink_to(folder)
     (folder / "val/cow").symlink_to(folder / "val/dog")
-    source = open_split("folder", folder, train=False, in_channels=3)
+    source = open_split("folder", folder, train=False, mode="RGB")
     assert source.classes == ["cat", "cow", "dog"] and len(source) == 6
 
 
 def test_missing_and_wrong_data_are_named(folder, tmp_path):
     with pytest.raises(InputError, match="1000"):
         (folder / "imagenet").mkdir()
-        open_split("imagenet", folder, train=True, in_channels=3)
+        open_split("imagenet", folder, train=True, mode="RGB")
     (folder / "train/empty").mkdir()
     with pytest.raises(InputError, match="empty holds no images"):
-        open_split("folder", folder, train=True, in_channels=3)
+        open_split("folder", folder, train=True, mode="RGB")
     with pytest.raises(InputError, match="cifar10 is not at"):
-        open_split("cifar10", tmp_path / "nowhere", train=True, in_channels=3, download=False)
+        open_split("cifar10", tmp_path / "nowhere", train=True, mode="RGB", download=False)
     with pytest.raises(InputError, match=r"dog.*cow"):
         check_classes(["cat", "dog"], ["cat", "cow"], what="a", where="b")
     with pytest.raises(InputError, match="2 classes, b has 1"):
@@ -68,7 +68,7 @@ def test_missing_and_wrong_data_are_named(folder, tmp_path):
         check_classes(["0", "1"], ["cat", "dog"], what="a", where="b")
     check_classes(unnamed_classes(2), ["cat", "dog"], what="unnamed classes", where="b")
     with pytest.raises(UsageError, match="did you mean 'cifar10'"):
-        open_split("cifar", tmp_path, train=False, in_channels=3)
+        open_split("cifar", tmp_path, train=False, mode="RGB")
 
 
 def test_a_failed_download_is_one_error(tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_a_failed_download_is_one_error(tmp_path, monkeypatch):
     with pytest.raises(
         UnavailableError, match=r"could not be downloaded: Network is unreachable — fetch http\S+cifar-10"
     ):
-        open_split("cifar10", tmp_path / "data", train=True, in_channels=3)
+        open_split("cifar10", tmp_path / "data", train=True, mode="RGB")
     assert not (tmp_path / "data").exists()
 
 
@@ -117,7 +117,7 @@ def test_photographs_are_turned_upright(tmp_path):
 
 
 def test_digits_serve_colour_models_too():
-    assert open_split("digits", None, train=False, in_channels=3).load(0)[0].mode == "RGB"
+    assert open_split("digits", None, train=False, mode="RGB").load(0)[0].mode == "RGB"
 
 
 def test_damaged_files_never_crash_the_decoder(tmp_path):

@@ -113,7 +113,7 @@ def test_golden_losses(tmp_path):
 
 
 def test_folders_bring_their_classes(tmp_path, tiny_preset):
-    source = open_split("digits", tmp_path, train=True, in_channels=1)
+    source = open_split("digits", tmp_path, train=True, mode="L")
     for index in range(300):
         image, label = source.load(index)
         if label < 3:

@@ -125,7 +125,7 @@ def test_the_moving_average_is_what_is_kept(tmp_path, preset):
 
 
 def test_eight_ranks_see_what_one_that_accumulates_sees(preset, tmp_path):
-    source = open_split("digits", tmp_path, train=True, in_channels=1)
+    source = open_split("digits", tmp_path, train=True, mode="L")
 
     def slices(rank, size, accum):
         order = EpochBatches(len(source), preset, rank=rank, size=size, accum=accum)
@@ -298,14 +298,15 @@ import os, sys
 import torch, torch.distributed as dist
 from lsag import load_preset
 from lsag.checkpoint import random_checkpoint
-from lsag.data import eval_loader
-from lsag.sources import open_split
-from lsag.distributed import World
-from lsag.evaluate import classifier, evaluate
+from lsag.data.loading import eval_loader
+from lsag.data.sources import open_split
+from lsag.distributed.world import World
+from lsag.inference.classifier import classifier
+from lsag.inference.evaluate import evaluate
 
 torch.set_num_threads(1)
 preset = load_preset("digits-nano")
-source = open_split("digits", None, train=False, in_channels=1)
+source = open_split("digits", None, train=False, mode="L")
 for size in (1, 2, 3, 4):
     for rank in range(size):
         if os.fork() == 0:
