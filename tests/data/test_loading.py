@@ -45,7 +45,7 @@ def test_a_worker_that_died_between_two_epochs_is_named(tmp_path):
 def test_signals_leave_workers_at_work_but_not_for_ever(tmp_path, monkeypatch):
     import lsag.data.loading
 
-    monkeypatch.setattr(lsag.data, "WORKER_GRACE", 3)
+    monkeypatch.setattr(lsag.data.loading, "WORKER_GRACE", 3)
     preset = load_preset("digits-nano")
     source = open_split("digits", tmp_path, train=True, mode="L")
     order = EpochBatches(len(source), preset)
