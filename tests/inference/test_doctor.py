@@ -37,10 +37,12 @@ def test_a_broken_package_and_two_runtimes_are_problems(folder, monkeypatch):
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr(lsag.inference.doctor.importlib, "import_module", broken)
-    monkeypatch.setattr(lsag.doctor, "distributions", lambda: {"onnxruntime": "1.0", "onnxruntime-gpu": "1.0"})
+    monkeypatch.setattr(
+        lsag.inference.doctor, "distributions", lambda: {"onnxruntime": "1.0", "onnxruntime-gpu": "1.0"}
+    )
     found = {finding.name: finding for finding in examine(folder, folder)}
     assert "onnxruntime" not in found and "folder" not in found  # which need torch, and so cannot be looked at
-    monkeypatch.setattr(lsag.doctor, "_package", lambda name: lsag.inference.doctor.Finding(name, "1"))
+    monkeypatch.setattr(lsag.inference.doctor, "_package", lambda name: lsag.inference.doctor.Finding(name, "1"))
     found |= {finding.name: finding for finding in examine(folder, folder) if finding.name not in found}
     assert "torchvision::nms" in found["torchvision"].problem and "train" in found["torchvision"].prevents
     assert "break each other" in found["onnxruntime"].problem and found["onnxruntime"].prevents == ("gpu-inference",)

@@ -28,7 +28,7 @@ INPUTS = {
 @pytest.fixture(autouse=True)
 def everything_through_onednn(monkeypatch):
     """As where MKL has half of the processor, whatever this one is."""
-    monkeypatch.setattr(lsag.onednn, "MKL_HAS_HALF", True)
+    monkeypatch.setattr(lsag.model.cpu, "MKL_HAS_HALF", True)
 
 
 @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
@@ -53,7 +53,7 @@ def test_products_and_gradients_are_those_of_torch(x, wide, bias):
 def test_only_what_it_serves_goes_through_onednn(monkeypatch):
     calls = []
     real = lsag.model.cpu._onednn
-    monkeypatch.setattr(lsag.onednn, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
+    monkeypatch.setattr(lsag.model.cpu, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
     layer, x = Linear(4, 4), torch.randn(2, 4)
     layer(x)
     assert calls.pop() and not calls
@@ -70,8 +70,8 @@ def test_only_what_it_serves_goes_through_onednn(monkeypatch):
 def test_elsewhere_attention_and_gradients_are_left_to_torch(monkeypatch):
     calls = []
     real = lsag.model.cpu._onednn
-    monkeypatch.setattr(lsag.onednn, "MKL_HAS_HALF", False)
-    monkeypatch.setattr(lsag.onednn, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
+    monkeypatch.setattr(lsag.model.cpu, "MKL_HAS_HALF", False)
+    monkeypatch.setattr(lsag.model.cpu, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
     block, x = MLP(6, 20), torch.randn(2, 6)
     block(x)
     query = torch.randn(1, 1, 300, 8)
@@ -142,12 +142,12 @@ def test_the_mlp_is_that_of_torch(monkeypatch, x):
     theirs = torch.autograd.grad(expected, leaves, grad)
     # From what was saved once, again and again; all rows at a time, two, one.
     for rows in (MLP_ROWS, MLP_ROWS, 2, 1):
-        monkeypatch.setattr(lsag.onednn, "MLP_ROWS", rows)
+        monkeypatch.setattr(lsag.model.cpu, "MLP_ROWS", rows)
         ours = torch.autograd.grad(found, leaves, grad, retain_graph=True)
         for mine, other in zip([found, *ours], [expected, *theirs], strict=True):
             torch.testing.assert_close(mine, other)
     for rows in (MLP_ROWS, 2, 1):  # all rows at a time, two, one
-        monkeypatch.setattr(lsag.onednn, "MLP_ROWS", rows)
+        monkeypatch.setattr(lsag.model.cpu, "MLP_ROWS", rows)
         with torch.inference_mode():
             torch.testing.assert_close(block(x), expected)
 
