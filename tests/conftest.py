@@ -1,10 +1,9 @@
 """Fixtures: small presets, the material beside a checkout where it is present, and a run of the command line."""
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -13,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from lsag import ModelConfig, Preset, load_preset
+from tests.processes import ROOT, Server, Spawned
 
-ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 CIFAR_SHIFTS = load_preset("cifar-tiny").model.shifts
 IMAGENET_SHIFTS = load_preset("in1k-tiny").model.shifts
 
+os.environ["PYTHONPATH"] = str(ROOT)  # of every process that a test starts
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
@@ -99,26 +99,34 @@ TINY = [
 """Options that make `lsag train` finish in seconds."""
 
 
-@pytest.fixture
-def lsag(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in a process of its own, in an empty folder."""
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.close()
 
-    def run(
-        *arguments: object, env: dict[str, str] | None = None, cwd: Path = tmp_path
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "lsag_cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"} | (env or {}),
-            timeout=300,
-        )
+
+@pytest.fixture
+def lsag(server: Server, tmp_path: Path) -> Callable[..., CompletedProcess[str]]:
+    """Run a command in a forked process, in an empty folder."""
+
+    def run(*arguments: object, env: dict[str, str] | None = None, cwd: Path = tmp_path) -> CompletedProcess[str]:
+        return server.start([*map(str, arguments)], cwd, {"COLUMNS": "120"} | (env or {})).completed()
 
     return run
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+@pytest.fixture
+def lsag_afresh(tmp_path: Path) -> Callable[..., CompletedProcess[str]]:
+    """Run a command as a user does: for what is decided while Python and its libraries are loaded."""
+
+    def run(*arguments: object, env: dict[str, str] | None = None, cwd: Path = tmp_path) -> CompletedProcess[str]:
+        return Spawned([*map(str, arguments)], cwd, {"COLUMNS": "120"} | (env or {})).completed()
+
+    return run
+
+
+def assert_refused(done: CompletedProcess[str], code: int, *words: str) -> None:
     """One line on stderr that begins as documented and names each of `words`; that exit code; nothing on stdout."""
     lines = done.stderr.strip().splitlines()
     assert done.returncode == code, done.stderr

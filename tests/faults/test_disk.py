@@ -35,7 +35,7 @@ def test_a_disk_that_stays_full_ends_the_run(server, arguments, undisturbed, tmp
     assert reason in last
     assert checkpoints_are_whole(tmp_path / "run") >= 1
     assert not list((tmp_path / "run").glob(".step*"))
-    run = server.start([*arguments, *ACCUM], tmp_path, {})
+    run = server.start([*arguments, *ACCUM], tmp_path)
     assert run.wait() == 0, run.stderr
     assert_same(result(tmp_path / "run"), undisturbed)
 
@@ -84,7 +84,7 @@ def test_a_real_full_disk(material, arguments, undisturbed, tmp_path):
 
 
 def test_a_folder_that_vanishes_is_not_made_again(server, arguments, tmp_path):
-    run = server.start([*arguments, *ACCUM, "--save-retry", "0.03"], tmp_path, {})
+    run = server.start([*arguments, *ACCUM, "--save-retry", "0.03"], tmp_path)
     wait_for_step(tmp_path / "run", 20)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     assert run.wait() == 6, run.stderr

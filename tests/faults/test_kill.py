@@ -9,7 +9,8 @@ import time
 import pytest
 
 from lsag import load_checkpoint
-from tests.faults.driver import Spawned, assert_same, gone, result, steps_logged, wait_for_step
+from tests.faults.driver import assert_same, result, steps_logged, wait_for_step
+from tests.processes import Spawned, gone
 
 
 def checkpoints_are_whole(out):
@@ -22,7 +23,7 @@ def kill_and_resume(server, arguments, cwd, seed):
     """Kill a run after random times, over and over, until it gets to its end; gives the number of kills."""
     moments, kills = random.Random(seed), 0
     while True:
-        run = server.start([*arguments, "--accum", "2"], cwd, {})
+        run = server.start([*arguments, "--accum", "2"], cwd)
         # Short lives mostly, so that a run dies often, and long ones so that it gets on.
         time.sleep(moments.uniform(0.05, 3.0 if kills % 3 else 1.0))
         with contextlib.suppress(ProcessLookupError):
@@ -85,7 +86,7 @@ def test_killed_at_a_point(server, arguments, undisturbed, tmp_path, point):
     run = server.start([*arguments, *accum], tmp_path, {"LSAG_FAILPOINT": f"{point}:kill"})
     assert run.wait() == -signal.SIGKILL, f"{point} was not reached: {run.stderr}"
     assert checkpoints_are_whole(tmp_path / "run") >= 1
-    run = server.start([*arguments, *accum], tmp_path, {})
+    run = server.start([*arguments, *accum], tmp_path)
     assert run.wait() == 0, run.stderr
     assert "continues after step" in run.stderr
     assert not list((tmp_path / "run").glob(".step*"))  # what the interrupted write left is gone
@@ -157,7 +158,7 @@ def test_a_rank_that_stands_still_is_named(arguments, tmp_path):
 
 
 def test_only_one_run_at_a_time(server, arguments, tmp_path):
-    first = server.start([*arguments, "--epochs", "5000"], tmp_path, {})
+    first = server.start([*arguments, "--epochs", "5000"], tmp_path)
     wait_for_step(tmp_path / "run", 3)
     (tmp_path / "second").mkdir()
     second = Spawned([*arguments[:-7], str(tmp_path / "run"), *arguments[-6:]], tmp_path / "second")

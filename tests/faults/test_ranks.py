@@ -8,7 +8,8 @@ import signal
 import pytest
 
 from lsag import load_checkpoint
-from tests.faults.driver import STEPS, Spawned, children, result, wait_for_step
+from tests.faults.driver import STEPS, result, wait_for_step
+from tests.processes import Spawned, children
 
 
 def rows(out):
@@ -17,7 +18,7 @@ def rows(out):
 
 def test_four_ranks_learn_what_one_that_accumulates_learns(server, arguments, undisturbed_4, tmp_path):
     """The same slices with the same random draws: only the order of floating-point sums differs."""
-    run = server.start([*arguments, "--accum", "8"], tmp_path, {})
+    run = server.start([*arguments, "--accum", "8"], tmp_path)
     assert run.wait() == 0, run.stderr
     for ours, theirs in zip(rows(tmp_path / "run"), undisturbed_4["steps"], strict=True):
         assert ours["lr"] == theirs["lr"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)

@@ -7,8 +7,9 @@ import time
 import pytest
 
 from lsag import load_checkpoint
-from tests.faults.driver import Spawned, alive, assert_same, gone, result, steps_logged, wait_for_step
+from tests.faults.driver import assert_same, result, steps_logged, wait_for_step
 from tests.faults.test_kill import POINTS, sampled
+from tests.processes import Spawned, alive, gone
 
 ACCUM = ["--accum", "2"]
 SLOW = ["--save-minutes", "5"]
@@ -27,14 +28,14 @@ def test_stopped_in_every_phase(server, arguments, undisturbed, tmp_path, point,
     said = f"lsag: error: stopped by {name}: step {done} is saved in run — continue with: lsag train --resume run"
     assert last.startswith(said) and "--accum 2 --save-minutes 0.003" in last
     assert load_checkpoint(tmp_path / f"run/step-{done:010d}.pt").training["step"] == done
-    run = server.start([*arguments, *ACCUM], tmp_path, {})
+    run = server.start([*arguments, *ACCUM], tmp_path)
     assert run.wait() == 0, run.stderr
     assert_same(result(tmp_path / "run"), undisturbed)
 
 
 def test_usr1_saves_and_hup_stops(server, arguments, undisturbed, tmp_path):
     # Without a timed save, so that what appears was asked for.
-    run = server.start([*arguments, *ACCUM, *SLOW], tmp_path, {})
+    run = server.start([*arguments, *ACCUM, *SLOW], tmp_path)
     wait_for_step(tmp_path / "run", 20)
     os.kill(run.pid, signal.SIGUSR1)
     end = time.monotonic() + 10
@@ -48,7 +49,7 @@ def test_usr1_saves_and_hup_stops(server, arguments, undisturbed, tmp_path):
     assert time.monotonic() - start < 10
     # Nothing orders two signals that come at once.
     assert "is saved in run" in run.stderr and ("stopped by SIGHUP" in run.stderr or "stopped by SIGTERM" in run.stderr)
-    run = server.start([*arguments, *ACCUM], tmp_path, {})
+    run = server.start([*arguments, *ACCUM], tmp_path)
     assert run.wait() == 0, run.stderr
     assert_same(result(tmp_path / "run"), undisturbed)
 
