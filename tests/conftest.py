@@ -1,9 +1,10 @@
 """Fixtures: small presets, the material beside a checkout where it is present, and a run of the command line."""
 
-import os
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lsag import ModelConfig, Preset, load_preset
+from lsag import ModelConfig, Preset, load_checkpoint, load_preset
+from lsag.training.events import Started
+from lsag.training.loop import train
 from tests.processes import ROOT, Server, Spawned
 
 SHARED = ROOT.parent / "shared"
 CIFAR_SHIFTS = load_preset("cifar-tiny").model.shifts
 IMAGENET_SHIFTS = load_preset("in1k-tiny").model.shifts
-
-os.environ["PYTHONPATH"] = str(ROOT)  # of every process that a test starts
-torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
 def shared(name: str) -> Path:
@@ -75,7 +75,7 @@ def images(batch: int, config: ModelConfig, seed: int = 0) -> Tensor:
     return torch.randn(batch, config.in_channels, config.image_size, config.image_size, generator=generator)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_preset() -> Preset:
     """digits-nano, cut down to train in seconds: one epoch, 8-dimensional."""
     return load_preset(
@@ -89,6 +89,49 @@ def tiny_preset() -> Preset:
             "train.warmup_epochs": 0,
         },
     )
+
+
+def changed(preset: Preset, changes: dict[str, object]) -> Preset:
+    """`preset` with other values for keys such as train.lr."""
+    values = json.loads(preset.model_dump_json())
+    for key, value in changes.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    return type(preset).model_validate(values)
+
+
+def run(preset: Preset, out: Path, **options: Any) -> list[Any]:
+    """The events of a whole training on the CPU."""
+    return list(train(preset, data_dir=out.parent, out=out, device="cpu", **options))
+
+
+def stop_after(preset: Preset, out: Path, steps: int, **options: Any) -> None:
+    """Train until `steps` are reported, with a save after each, and abandon it there without a word, as a kill does."""
+    going = train(preset, data_dir=out.parent, out=out, device="cpu", save_minutes=0, **options)
+    for event in going:
+        if not isinstance(event, Started) and event.step >= steps:
+            break
+    going.close()
+
+
+def newest(out: Path) -> Path:
+    """The last checkpoint of a run."""
+    return max(out.glob("step-*.pt"))
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    """Of the last checkpoint of a run."""
+    return load_checkpoint(newest(out)).model.state_dict()
+
+
+def losses(out: Path) -> list[float | None]:
+    """Of each step of a run."""
+    return [json.loads(line)["loss"] for line in (out / "steps.jsonl").read_text().splitlines()]
+
+
+def assert_equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    """To the bit."""
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 TINY = [

@@ -20,8 +20,7 @@ from lsag.paper.tables import TABLES
 from lsag.training.loop import data_parallel, train
 from lsag.training.optim import make_optimizer, moving_average
 from lsag_cli.app import app
-from tests.conftest import ROOT, assert_refused
-from tests.training.test_resume import assert_equal, changed, losses, run, stop_after, weights
+from tests.conftest import ROOT, assert_equal, assert_refused, changed, losses, run, stop_after, weights
 
 SWIN = "swin_tiny_patch4_window7_224,patch_size=1,window_size=4,embed_dim=12,depths=(2,1),num_heads=(2,2)"
 DEIT = "deit_tiny_patch16_224,patch_size=4,depth=2,embed_dim=24"

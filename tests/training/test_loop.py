@@ -13,15 +13,7 @@ from lsag.errors import CheckError, InputError, OutputError, UnavailableError, U
 from lsag.inference.evaluate import evaluate_file
 from lsag.training.events import Epoch, Started, Step
 from lsag.training.loop import data_parallel, make_mixup, train
-from tests.conftest import ABLATIONS, small_config
-
-
-def run(preset, out, **options):
-    return list(train(preset, data_dir=out.parent, out=out, device="cpu", **options))
-
-
-def newest(out):
-    return max(out.glob("step-*.pt"))
+from tests.conftest import ABLATIONS, newest, run, small_config
 
 
 @pytest.fixture
