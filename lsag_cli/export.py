@@ -9,6 +9,7 @@ import typer
 
 from lsag.config import Preset
 from lsag.errors import InputError, UsageError
+from lsag.runs import BEST, RUNS, newest_run
 from lsag_cli.options import Force, Json, OptionalPreset, Overrides, read_preset, refuse_existing
 from lsag_cli.output import note, print_json, say
 
@@ -131,11 +132,13 @@ def eval_command(path: Path, preset: Preset) -> str:
 
 
 def newest_best() -> Path:
-    """best.pt of the run that saved one last."""
-    found = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise InputError("no checkpoint was given and there is none in runs/", "lsag train, or lsag export CKPT --onnx")
-    return found[-1]
+    """best.pt of the newest run in ./runs. InputError if there is none."""
+    run = newest_run(BEST)
+    if run is None:
+        raise InputError(
+            f"no checkpoint was given and there is none in {RUNS}/", "lsag train, or lsag export CKPT --onnx"
+        )
+    return run / BEST
 
 
 def refuse_folder(path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lsag import ModelConfig, Preset, load_checkpoint, load_preset
 from lsag.training.events import Started
 from lsag.training.loop import train
+from lsag.training.options import TrainOptions
 from tests.processes import ROOT, Server, Spawned
 
 SHARED = ROOT.parent / "shared"
@@ -102,12 +103,12 @@ def changed(preset: Preset, changes: dict[str, object]) -> Preset:
 
 def run(preset: Preset, out: Path, **options: Any) -> list[Any]:
     """The events of a whole training on the CPU."""
-    return list(train(preset, data_dir=out.parent, out=out, device="cpu", **options))
+    return list(train(preset, TrainOptions(data_dir=out.parent, out=out, device="cpu", **options)))
 
 
 def stop_after(preset: Preset, out: Path, steps: int, **options: Any) -> None:
     """Train until `steps` are reported, with a save after each, and abandon it there without a word, as a kill does."""
-    going = train(preset, data_dir=out.parent, out=out, device="cpu", save_minutes=0, **options)
+    going = train(preset, TrainOptions(data_dir=out.parent, out=out, device="cpu", save_minutes=0, **options))
     for event in going:
         if not isinstance(event, Started) and event.step >= steps:
             break
