@@ -16,6 +16,7 @@ def rows(out):
     return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.faults
 def test_four_ranks_learn_what_one_that_accumulates_learns(server, arguments, undisturbed_4, tmp_path):
     """The same slices with the same random draws: only the order of floating-point sums differs."""
     run = server.start([*arguments, "--accum", "8"], tmp_path)

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from itertools import product
 
 import pytest
 
@@ -15,8 +16,7 @@ ACCUM = ["--accum", "2"]
 SLOW = ["--save-minutes", "5"]
 
 
-@pytest.mark.parametrize("kind", ["term", "int"])
-@pytest.mark.parametrize("point", sampled(POINTS, {"fetch:50", "in_eval:2", "after_forward:85"}))
+@pytest.mark.parametrize(("point", "kind"), sampled(product(POINTS, ["term", "int"]), {("after_forward:85", "term")}))
 def test_stopped_in_every_phase(server, arguments, undisturbed, tmp_path, point, kind):
     run = server.start([*arguments, *ACCUM], tmp_path, {"LSAG_FAILPOINT": f"{point}:{kind}"})
     start = time.monotonic()
@@ -93,9 +93,8 @@ LAUNCHED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("to", "number", "code"), [LAUNCHED[0], *(pytest.param(*case, marks=pytest.mark.faults) for case in LAUNCHED[1:])]
-)
+@pytest.mark.faults
+@pytest.mark.parametrize(("to", "number", "code"), LAUNCHED)
 def test_stopping_several_processes(arguments, tmp_path, to, number, code):
     run = Spawned([*arguments, *SLOW, "--procs", "2", "--epochs", "5000"], tmp_path)  # it does not end by itself
     wait_for_step(tmp_path / "run", 45)
