@@ -6,7 +6,7 @@ from typing import Any
 
 from lsag.config import DATASETS, Preset, TimmConfig
 from lsag.errors import UsageError
-from lsag_cli.display import duration
+from lsag_cli.display import counted, duration
 from lsag_cli.flops import count_network
 from lsag_cli.options import leaving_at_once
 from lsag_cli.output import giga, print_json, say
@@ -81,11 +81,6 @@ def show_figures(preset: Preset, plan: dict[str, Any]) -> None:
         say(f"memory           {plan['memory_bytes'] / 2**30:.2f} GiB at its peak")
         if plan["training_seconds"]:
             say(f"the training     {duration(plan['training_seconds'])}")
-
-
-def counted(number: int, noun: str) -> str:
-    """1, "slice" -> "1 slice"; 2, "slice" -> "2 slices"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
