@@ -210,7 +210,7 @@ REFUSED = {
     "a name that is too long": (["eval", "x" * 300 + ".onnx"], 3, ["too long"]),
     "a device as checkpoint": (["eval", "/dev/zero"], 3, ["not a regular file"]),
     "a preset beside a checkpoint": (["export", "a.pt", "--onnx", "--preset", "cifar-tiny"], 2, ["own preset"]),
-    "nothing to convert": (["convert", "absent.pth", "--preset", "cifar-tiny"], 3, ["absent.pth does not exist"]),
+    "nothing to convert": (["convert", "absent.pth", "--preset", "cifar-tiny"], 3, ["cannot read checkpoint absent.pth"]),
     "unknown provider": (["eval", "absent.onnx", "--provider", "tpu"], 2, ["--provider", "tpu"]),
     "device of a graph": (["eval", "absent.onnx", "--device", "cpu"], 2, ["use --provider"]),
 }
