@@ -29,8 +29,8 @@ _RENAMED = {
 def read_released(path: str | Path) -> dict[str, Tensor]:
     """The weights of a released file: a dict with the key `model` or `state_dict`, or the weights themselves.
 
-    Loaded with `weights_only`; the only other class allowed is the release's `argparse.Namespace`. InputError for a file
-    that cannot be read, or holds anything else.
+    Loaded with `weights_only`, which besides plain data allows the release's `argparse.Namespace`; InputError for a
+    file with anything else.
     """
     file = io.BytesIO(read_bytes(Path(path), what="checkpoint"))
     try:
@@ -57,7 +57,7 @@ def read_released(path: str | Path) -> dict[str, Tensor]:
 def convert_file(file: str | Path, preset: Preset, out: str | Path) -> None:
     """Convert the released checkpoint `file` of the model `preset` to this project's format, and save it as `out`.
 
-    The release does not name its classes. UsageError for a preset of a timm model, InputError if the weights do not fit.
+    The release does not name its classes. UsageError for a timm model, InputError if the weights do not fit.
     """
     if not isinstance(preset.model, ModelConfig):
         raise UsageError(f"{preset.name} is a timm model, but the release has only LSAG", "choose one of: lsag presets")
@@ -118,4 +118,3 @@ def _rename(key: str) -> str:
         case ["layers", stage, "0", ("norm1" | "norm2") as name, kind]:
             return f"stages.{stage}.{name}.{kind}"
     return key
-

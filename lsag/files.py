@@ -15,7 +15,7 @@ CHUNK = 2**24
 
 
 def read_bytes(path: Path, *, what: str = "file", size: int = -1) -> bytes:
-    """The first `size` bytes of a regular file, by default all. InputError, which calls it `what`, for anything else."""
+    """The first `size` bytes of a regular file, by default all. InputError, which calls the file `what`, otherwise."""
     try:
         if path.exists() and not path.is_file():
             raise OSError(0, "not a regular file")

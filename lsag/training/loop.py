@@ -28,7 +28,7 @@ from lsag.distributed.world import World, joined, lost_peers, world_size_here
 from lsag.errors import CheckError, InputError, LsagError, OutputError, UsageError, WorkerError
 from lsag.failpoints import failpoint
 from lsag.files import replacing
-from lsag.inference.classifier import classifier
+from lsag.inference.classifier import Classifier
 from lsag.inference.evaluate import evaluate
 from lsag.model.build import build_model, check_training, image_shape, set_recompute
 from lsag.plots import draw_curves
@@ -143,7 +143,7 @@ def train(
         state = State(model, optimizer, scaler, ema, preset, classes, dataset, ways, position)
         if checkpoint is not None:
             state.check_same_run(checkpoint, allow_change=allow_change, where=out)
-        classify = classifier(state.checkpoint(), on)
+        classify = Classifier(state.checkpoint(), device=on)
         if compile:
             model.compile()
         ddp = None
