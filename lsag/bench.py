@@ -250,7 +250,7 @@ def make_run(
     if contender.model is None:
         pixels = torch.randint(0, 256, (batch_size, *contender.shape), dtype=torch.uint8, generator=generator)
         if isinstance(contender.classify, Session) and not contender.name.startswith("host:"):
-            return contender.classify.bound(pixels)
+            return contender.classify.bind(pixels)
         return lambda: contender.classify(pixels)
     model, images = contender.model, torch.randn(batch_size, *contender.shape, generator=generator).to(on)
 

@@ -6,7 +6,7 @@ Everything here is plain Python and pydantic; torch is not imported, so that the
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, ValidationError, model_validator
 
@@ -359,6 +359,13 @@ def _fields_at(loc: tuple[Any, ...]) -> list[str]:
         return list(TimmConfig.model_fields)
     section = _SECTIONS["model.stages.0" if "stages" in names else names[0]] if names else Preset
     return list(section.model_fields)
+
+
+def check_dataset(name: str) -> None:
+    """UsageError for the name of a dataset that does not exist."""
+    known = get_args(DatasetName)
+    if name not in known:
+        raise UsageError(f"unknown dataset '{name}'{did_you_mean(name, known)}", f"use one of: {', '.join(known)}")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

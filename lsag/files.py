@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, with errors that name them."""
+"""Files are read with errors that name them, and written whole or not at all."""
 
 import errno
 import os
@@ -8,10 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lsag.errors import LsagError, OutputError, first_line
+from lsag.errors import InputError, LsagError, OutputError, first_line
 from lsag.failpoints import failpoint
 
 CHUNK = 2**24
+
+
+def read_bytes(path: Path, *, what: str = "file", size: int = -1) -> bytes:
+    """The first `size` bytes of a regular file, by default all. InputError, which calls the file `what`, otherwise."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "not a regular file")
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise InputError(f"cannot read {what} {path}: {error.strerror}", "check the path") from error
 
 
 @contextmanager

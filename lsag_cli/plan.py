@@ -8,7 +8,7 @@ from lsag.config import DATASETS, Preset, TimmConfig
 from lsag.errors import UsageError
 from lsag_cli.display import counted, duration
 from lsag_cli.flops import count_network
-from lsag_cli.options import leaving_at_once
+from lsag_cli.options import loading
 from lsag_cli.output import giga, print_json, say
 from lsag_cli.processes import TrainCommand
 
@@ -18,7 +18,7 @@ def show_plan(preset: Preset, options: TrainCommand, *, processes: int, probe: b
     accum, recipe = options.accum, preset.train
     slice_size = preset.slice_size(processes * accum)
     if isinstance(preset.model, TimmConfig):
-        with leaving_at_once():
+        with loading():
             from lsag.model.build import check_training
 
         check_training(preset.model, slice_size=slice_size, recompute=options.recompute)
@@ -44,7 +44,7 @@ def show_plan(preset: Preset, options: TrainCommand, *, processes: int, probe: b
         "peak_lr": recipe.lr * recipe.lr_scale,
     }
     if probe:
-        with leaving_at_once():
+        with loading():
             from lsag.bench import probe as measure
 
         seconds, memory = measure(

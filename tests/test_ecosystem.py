@@ -167,14 +167,14 @@ def test_the_commands_take_safetensors(lsag, checkpoint, tmp_path):
     assert lsag("eval", "a.safetensors", "--dataset", "digits").returncode in (0, 3)
     before = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "link.onnx").hardlink_to(tmp_path / "a.pt")
-    assert_refused(lsag("export", "link.onnx", "--onnx", "--force"), 6, "is the file that is read")
+    assert_refused(lsag("export", "link.onnx", "--onnx", "--force"), 6, "is the input file")
     assert_refused(
         lsag("export", "a.pt", "--safetensors", "--out", "a.pt", "--force"), 2, "does not end in .safetensors"
     )
     assert_refused(lsag("export", "a.pt", "--onnx", "--out", "nowhere/a.onnx"), 6, "there is no folder nowhere")
     assert (tmp_path / "a.pt").read_bytes() == before
     assert_refused(lsag("export", "a.pt"), 2, "--onnx or --safetensors")
-    assert_refused(lsag("export", "a.pt", "--safetensors", "--half", "--force"), 2, "are for --onnx")
+    assert_refused(lsag("export", "a.pt", "--safetensors", "--precision", "fp16", "--force"), 2, "are for --onnx")
 
 
 def test_the_hub_gives_back_what_it_was_given(checkpoint, tmp_path):
@@ -193,7 +193,7 @@ def test_push_says_what_is_in_the_way(lsag, checkpoint, tmp_path):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path / "hf")}
     assert_refused(lsag("push", "a.pt", "org/name", env=nowhere), 4, "org/name could not be written on the hub")
     for name in ("no name!", "", "a/b/c", "../x"):
-        assert_refused(lsag("push", "a.pt", name, env=nowhere), 2, "is no name on the hub")
+        assert_refused(lsag("push", "a.pt", name, env=nowhere), 2, "is not a name on the hub")
     assert_refused(lsag("push", "absent.pt", "org/name", env=nowhere), 3, "absent.pt")
 
 

@@ -1,8 +1,10 @@
 """From a decoded image to the model's input. Augmentation is timm's."""
 
+from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 from torchvision import transforms
@@ -33,10 +35,15 @@ def train_transform(preset: Preset) -> Any:
 
 
 def eval_transform(preset: Preset) -> Any:
-    """PIL image -> uint8 tensor (C, size, size): shorter side to `eval_resize`, centre crop."""
+    """PIL image of any mode -> uint8 tensor (C, size, size): shorter side to `eval_resize`, centre crop."""
     size = preset.model.image_size
     return transforms.Compose(
-        [_resize(preset.data.eval_resize or size, preset.data), transforms.CenterCrop(size), transforms.PILToTensor()]
+        [
+            partial(Image.Image.convert, mode=preset.image_mode),
+            _resize(preset.data.eval_resize or size, preset.data),
+            transforms.CenterCrop(size),
+            transforms.PILToTensor(),
+        ]
     )
 
 
