@@ -30,7 +30,7 @@ from lsag.model.build import (
 )
 from lsag.model.cpu import linear
 from lsag.model.network import LSAG
-from lsag.paper.released import plain
+from lsag.paper.released import as_released
 from lsag.paper.tables import TABLES
 from lsag.presets import load_preset, parse_override
 
@@ -222,7 +222,7 @@ def open_contender(
         if kind == "plain":
             if not isinstance(model, LSAG):
                 raise UsageError(f"{spec}: plain: is the released formulation of LSAG, not of timm's", "leave it away")
-            model = plain(model)
+            model = as_released(model)
     params = sum(parameter.numel() for parameter in model.parameters())
     model, macs = model.train(mode == "training"), count_macs(model, shape)
     if kind == "compiled":

@@ -70,8 +70,8 @@ def explain(checkpoint: Checkpoint, image: Image.Image, *, point: tuple[int, int
             hook.remove()
 
     embed, first, side = model.embed, model.stages[0], config.grid_sizes[0]
-    variants = first.norm1(embed(embed.canvas(images), embed.pos, embed.matrices()))  # type: ignore[operator]
-    weights = first.blocks[0].attn.weights(variants)  # type: ignore[union-attr, index]
+    variants = first.norm1(embed(images))  # type: ignore[operator]
+    weights = first.blocks[0].attn.attention_weights(variants)  # type: ignore[union-attr, index]
     local = weights[0].permute(1, 2, 0).unflatten(2, (side, side))
     stages: list[Tensor | None] = []
     for stage, side in zip(model.stages, config.grid_sizes, strict=True):
@@ -80,7 +80,7 @@ def explain(checkpoint: Checkpoint, image: Image.Image, *, point: tuple[int, int
             stages.append(None)
             continue
         token = y * side // config.image_size * side + x * side // config.image_size
-        stages.append(last.weights(seen[last], token)[0].unflatten(1, (side, side)))
+        stages.append(last.attention_weights(seen[last], token)[0].unflatten(1, (side, side)))
     best = probabilities.topk(min(3, len(checkpoint.classes)))
     names = [checkpoint.classes[index] for index in best.indices]
     classes = tuple(zip(names, best.values.tolist(), strict=True))

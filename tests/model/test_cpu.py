@@ -8,7 +8,7 @@ import lsag.model.cpu
 from lsag import LSAG
 from lsag.model.blocks import MLP
 from lsag.model.cpu import MLP_ROWS, Linear, attention, linear
-from lsag.paper.released import plain
+from lsag.paper.released import as_released
 from tests.conftest import small_config
 
 needs_onednn = pytest.mark.skipif(  # asks the machine: an operator that torch renames has to be seen
@@ -28,7 +28,7 @@ INPUTS = {
 @pytest.fixture(autouse=True)
 def everything_through_onednn(monkeypatch):
     """As where MKL has half of the processor, whatever this one is."""
-    monkeypatch.setattr(lsag.model.cpu, "MKL_HAS_HALF", True)
+    monkeypatch.setattr(lsag.model.cpu, "MKL_IS_SLOW", True)
 
 
 @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
@@ -62,7 +62,7 @@ def test_only_what_it_serves_goes_through_onednn(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype is torch.bfloat16
     assert layer.to("meta")(x.to("meta")).device.type == "meta"
-    plain(LSAG(small_config())).forward(torch.randn(1, 3, 12, 12))
+    as_released(LSAG(small_config())).forward(torch.randn(1, 3, 12, 12))
     assert not calls
 
 
@@ -70,7 +70,7 @@ def test_only_what_it_serves_goes_through_onednn(monkeypatch):
 def test_elsewhere_attention_and_gradients_are_left_to_torch(monkeypatch):
     calls = []
     real = lsag.model.cpu._onednn
-    monkeypatch.setattr(lsag.model.cpu, "MKL_HAS_HALF", False)
+    monkeypatch.setattr(lsag.model.cpu, "MKL_IS_SLOW", False)
     monkeypatch.setattr(lsag.model.cpu, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
     block, x = MLP(6, 20), torch.randn(2, 6)
     block(x)
@@ -91,11 +91,11 @@ PROCESSORS = {
 
 
 @pytest.mark.parametrize(("vendor", "family", "vectors", "expected"), PROCESSORS.values(), ids=PROCESSORS)
-def test_where_mkl_has_half(monkeypatch, vendor, family, vectors, expected):
+def test_where_mkl_is_slow(monkeypatch, vendor, family, vectors, expected):
     text = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n"
     monkeypatch.setattr("pathlib.Path.read_text", lambda path: text)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: vectors)
-    assert lsag.model.cpu._mkl_has_half() is expected
+    assert lsag.model.cpu._mkl_is_slow() is expected
 
 
 def test_where_nothing_says_what_the_processor_is(monkeypatch):
@@ -103,7 +103,7 @@ def test_where_nothing_says_what_the_processor_is(monkeypatch):
         raise FileNotFoundError(path)
 
     monkeypatch.setattr("pathlib.Path.read_text", read)
-    assert not lsag.model.cpu._mkl_has_half()
+    assert not lsag.model.cpu._mkl_is_slow()
 
 
 @pytest.mark.parametrize("queries", [1, 300, 1500])
