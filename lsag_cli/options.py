@@ -6,18 +6,21 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from lsag import config
 from lsag.config import Preset
 from lsag.distributed.launch import launched
 from lsag.errors import OutputError, UsageError
 from lsag.presets import load_preset, parse_override, preset_paths
-from lsag_cli.output import note
+from lsag_cli.output import erase_status, note, status
 
 if TYPE_CHECKING:
     from lsag.inference.session import Session
+
+T = TypeVar("T")
 
 
 def complete_preset(incomplete: str) -> list[str]:
@@ -64,9 +67,15 @@ Profile = Annotated[bool, typer.Option("--profile", help="For .onnx graphs: how 
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that prepare images.", show_default="by the machine")
 ]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, max=65_536, help="Images per batch.")]
+OldBatch = Annotated[int | None, typer.Option("--batch", min=1, max=65_536, hidden=True)]
+Precision = Annotated[
+    config.Precision,
+    typer.Option("--precision", help="Of matrix products; auto is bf16 on GPUs (fp16 on old ones), fp32 elsewhere."),
+]
 Recompute = Annotated[
-    Literal["none", "local", "all"],
-    typer.Option(help="Less memory: compute the local block, or all blocks, once more in the backward."),
+    config.Recompute,
+    typer.Option(help="Save memory: recompute the local block, or all blocks, in the backward pass."),
 ]
 NoDownload = Annotated[bool, typer.Option("--no-download", help="Never fetch a dataset.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
@@ -74,23 +83,40 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 @contextlib.contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """While this lasts, SIGINT and SIGTERM end the process with a line and no more: for imports, which take seconds.
+def loading(text: str = "loading PyTorch") -> Iterator[None]:
+    """Around slow imports: a terminal shows `text`, and SIGINT and SIGTERM end the process at once.
 
-    An exception that is raised in the middle of them may end up anywhere.
+    An exception raised by a signal in the middle of an import may surface anywhere, or nowhere.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if not launched():  # the launcher says it
+        if not launched():  # the launcher reports it
+            erase_status()
             os.write(2, f"lsag: error: stopped by {signal.Signals(number).name} before it began\n".encode())
         os._exit(128 + number)
 
     previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        with status(text):
+            yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+leaving_at_once = loading  # the old name, until every command uses the new one
+
+
+def renamed(value: T | None, old: str, new: str, default: T) -> T:
+    """The value of an option, also under its old, hidden name, which works for one more release with a note on stderr.
+
+    `value` is what was given with `old` (None: it was not), `default` the value of the option that replaces it:
+    `batch_size = renamed(batch, "--batch", "--batch-size", batch_size)`.
+    """
+    if value is None:
+        return default
+    note(f"{old} is now {new}")
+    return value
 
 
 def data_dir_or_default(data_dir: Path | None) -> Path:

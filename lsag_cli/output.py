@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -63,6 +64,27 @@ def note(line: str) -> None:
     """A plain line on stderr; nobody reading it is no error."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[None]:
+    """Tell a terminal what takes a while, on a line that is erased afterwards."""
+    _to_terminal(f"{text} ...\r")
+    try:
+        yield
+    finally:
+        erase_status()
+
+
+def erase_status() -> None:
+    """Erase the line of `status`; also from a signal handler."""
+    _to_terminal("\x1b[2K\r")
+
+
+def _to_terminal(text: str) -> None:
+    if is_terminal(sys.stderr):
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), text.encode())
 
 
 def print_json(command: str, **result: Any) -> None:
