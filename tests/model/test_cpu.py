@@ -11,7 +11,7 @@ from lsag.model.cpu import MLP_ROWS, Linear, attention, linear
 from lsag.paper.released import as_released
 from tests.conftest import small_config
 
-needs_onednn = pytest.mark.skipif(  # asks the machine: an operator that torch renames has to be seen
+needs_onednn = pytest.mark.skipif(  # asks the machine, not our module: a renamed operator must be noticed
     not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"), reason="no oneDNN here"
 )
 INPUTS = {
@@ -27,7 +27,7 @@ INPUTS = {
 
 @pytest.fixture(autouse=True)
 def everything_through_onednn(monkeypatch):
-    """As where MKL has half of the processor, whatever this one is."""
+    """As on a processor that MKL is slow on, whatever this one is."""
     monkeypatch.setattr(lsag.model.cpu, "MKL_IS_SLOW", True)
 
 
@@ -50,7 +50,7 @@ def test_products_and_gradients_are_those_of_torch(x, wide, bias):
 
 
 @needs_onednn
-def test_only_what_it_serves_goes_through_onednn(monkeypatch):
+def test_only_fp32_on_a_cpu_goes_through_onednn(monkeypatch):
     calls = []
     real = lsag.model.cpu._onednn
     monkeypatch.setattr(lsag.model.cpu, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
@@ -98,7 +98,7 @@ def test_where_mkl_is_slow(monkeypatch, vendor, family, vectors, expected):
     assert lsag.model.cpu._mkl_is_slow() is expected
 
 
-def test_where_nothing_says_what_the_processor_is(monkeypatch):
+def test_an_unknown_processor_is_left_to_mkl(monkeypatch):
     def read(path):
         raise FileNotFoundError(path)
 
@@ -108,7 +108,7 @@ def test_where_nothing_says_what_the_processor_is(monkeypatch):
 
 @pytest.mark.parametrize("queries", [1, 300, 1500])
 def test_attention_is_that_of_torch(queries):
-    """Heads that stand apart in memory, as the model has them, and more queries than are treated at a time."""
+    """With gaps between heads in memory, as in the model, and with more queries than one chunk has."""
     query = torch.randn(2, queries, 3, 8).transpose(1, 2).requires_grad_()
     key, value = torch.randn(2, 300, 2, 3, 8, requires_grad=True).permute(2, 0, 3, 1, 4)
     leaves, found = (query, key, value), attention(query, key, value)
@@ -133,14 +133,14 @@ def test_attention_keeps_no_weights():
 
 @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
 def test_the_mlp_is_that_of_torch(monkeypatch, x):
-    """Values, and gradients, for which GELU is computed once more and changed in place."""
+    """Values, and gradients, for which GELU is recomputed and changed in place."""
     block = MLP(6, 20)
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     leaves = [x, *block.parameters()]
     found, expected = block(x), nn.Sequential.forward(block, x)
     grad = torch.randn(expected.shape)
     theirs = torch.autograd.grad(expected, leaves, grad)
-    # From what was saved once, again and again; all rows at a time, two, one.
+    # Repeatedly from the same saved tensors: all rows at a time, two, one.
     for rows in (MLP_ROWS, MLP_ROWS, 2, 1):
         monkeypatch.setattr(lsag.model.cpu, "MLP_ROWS", rows)
         ours = torch.autograd.grad(found, leaves, grad, retain_graph=True)
@@ -153,7 +153,7 @@ def test_the_mlp_is_that_of_torch(monkeypatch, x):
 
 
 @needs_onednn
-def test_the_mlp_keeps_its_input_alone():
+def test_the_mlp_keeps_only_its_input():
     block, kept = MLP(6, 20), []
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape) or saved, lambda saved: saved):
         block(torch.randn(1000, 6))
