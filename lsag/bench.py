@@ -295,18 +295,13 @@ def seconds(run: Callable[[], object], times: int, device: torch.device) -> floa
 
     torch.utils.benchmark.Timer would run it at least twice more before each measurement: minutes for large models.
     """
-    synchronize(device)
+    synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    synchronize()
     start = time.perf_counter()
     for _ in range(times):
         run()
-    synchronize(device)
+    synchronize()
     return (time.perf_counter() - start) / times
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was queued."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def tensor_memory(contender: Contender, run: Callable[[], object], mode: Mode, device: torch.device) -> int | None:

@@ -202,7 +202,7 @@ class Recomputable(nn.Module):
     recompute = False
 
     def maybe_recompute(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """`function(*inputs)`; with `recompute` its activations are computed again in the backward, not kept."""
+        """`function(*inputs)`; with `recompute` its activations are recomputed in the backward, not kept."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)

@@ -18,7 +18,7 @@ INPUTS = {
     "rows": torch.randn(5, 6),
     "one row": torch.randn(1, 6),
     "tokens": torch.randn(2, 3, 6),
-    "rows that stand apart": torch.randn(2, 3, 4, 6)[:, :, 1],
+    "rows with gaps": torch.randn(2, 3, 4, 6)[:, :, 1],
     "transposed": torch.randn(3, 6, 4).transpose(1, 2),
     "no rows": torch.randn(0, 6),
     "a vector": torch.randn(6),
@@ -125,10 +125,12 @@ def test_attention_is_that_of_torch(queries):
 
 @needs_onednn
 def test_attention_keeps_no_weights():
-    query, key, value, kept = *torch.randn(3, 1, 1, 300, 8, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape) or saved, lambda saved: saved):
+    query, key, value, shapes = *torch.randn(3, 1, 1, 300, 8, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: shapes.append(saved.shape) or saved, lambda saved: saved
+    ):
         attention(query, key, value)
-    assert kept == [(1, 1, 300, 8)] * 3
+    assert shapes == [(1, 1, 300, 8)] * 3
 
 
 @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
@@ -154,10 +156,12 @@ def test_the_mlp_is_that_of_torch(monkeypatch, x):
 
 @needs_onednn
 def test_the_mlp_keeps_only_its_input():
-    block, kept = MLP(6, 20), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape) or saved, lambda saved: saved):
+    block, shapes = MLP(6, 20), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: shapes.append(saved.shape) or saved, lambda saved: saved
+    ):
         block(torch.randn(1000, 6))
-    assert kept == [(1000, 6), (20, 6), (20,), (6, 20)]
+    assert shapes == [(1000, 6), (20, 6), (20,), (6, 20)]
 
 
 def test_a_frozen_layer_gets_no_gradient():

@@ -104,16 +104,18 @@ def test_presets_compute_what_the_released_formulation_computes(monkeypatch, nam
 @pytest.mark.parametrize("mkl_is_slow", [True, False])
 def test_a_recomputed_local_block_keeps_no_hidden_layer(monkeypatch, mkl_is_slow):
     monkeypatch.setattr("lsag.model.cpu.MKL_IS_SLOW", mkl_is_slow)
-    model, kept = LSAG(small_config()).train(), []
+    model, shapes = LSAG(small_config()).train(), []
     stage, batch = model.stages[0], images(2, model.config)
     hidden = stage.blocks[0].mlp[0].out_features
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape) or saved, lambda saved: saved):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: shapes.append(saved.shape) or saved, lambda saved: saved
+    ):
         for recompute, precision in ((False, torch.float32), (True, torch.float32), (True, torch.bfloat16)):
             model.set_grad_checkpointing(recompute, local_only=True)
-            kept.clear()
+            shapes.clear()
             with torch.autocast("cpu", precision, enabled=precision is not torch.float32):
                 stage.blocks[0](batch, model.embed, stage.norm1, stage.norm2)
-            found = any(shape[-1:] == (hidden,) and shape[:-1].numel() > hidden for shape in kept)
+            found = any(shape[-1:] == (hidden,) and shape[:-1].numel() > hidden for shape in shapes)
             assert found is not (recompute or (mkl_is_slow and lsag.model.cpu._onednn is not None))
 
 
