@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lsag import LSAG, load_preset
-from lsag.data.sources import unnamed_classes
+from lsag.data.sources import placeholder_classes
 from lsag.training.optim import make_optimizer
 from lsag.training.run import RunFolder
 from lsag.training.state import Position, State
@@ -53,7 +53,9 @@ def save(name: str, repeats: int) -> tuple[float, float]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = State(model, optimizer, scaler, None, preset, unnamed_classes(preset.model.num_classes), "", {}, Position())
+    state = State(
+        model, optimizer, scaler, None, preset, placeholder_classes(preset.model.num_classes), "", {}, Position()
+    )
     times = []
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lsag.config import ModelConfig, Preset, validate_preset
-from lsag.data.sources import unnamed_classes
+from lsag.data.sources import placeholder_classes
 from lsag.errors import CheckError, DamagedError, InputError, UsageError
 from lsag.files import write_checked, writing
 from lsag.model.build import build_model
@@ -44,7 +44,7 @@ class Checkpoint:
 def random_checkpoint(preset: Preset) -> Checkpoint:
     """An untrained model of `preset`, initialised from its seed."""
     torch.manual_seed(preset.train.seed)
-    return Checkpoint(build_model(preset.model).eval(), preset, unnamed_classes(preset.model.num_classes))
+    return Checkpoint(build_model(preset.model).eval(), preset, placeholder_classes(preset.model.num_classes))
 
 
 def initialise_from(model: nn.Module, path: str | Path, *, num_classes: int, reset_head: bool = False) -> list[str]:

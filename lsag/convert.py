@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lsag.checkpoint import Checkpoint, save_checkpoint
 from lsag.config import ModelConfig, Preset
-from lsag.data.sources import unnamed_classes
+from lsag.data.sources import placeholder_classes
 from lsag.errors import InputError, UsageError
 from lsag.model.network import LSAG
 
@@ -64,7 +64,7 @@ def convert_file(file: str | Path, preset: Preset, out: str | Path) -> None:
         raise UsageError(f"{preset.name} is timm's, the release has LSAG alone", "choose a preset of lsag presets")
     model = from_released(read_released(file), preset.model)
     converted = preset.model_copy(update={"model": model.config})
-    save_checkpoint(out, Checkpoint(model, converted, unnamed_classes(preset.model.num_classes)))
+    save_checkpoint(out, Checkpoint(model, converted, placeholder_classes(preset.model.num_classes)))
 
 
 def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG:

@@ -81,7 +81,9 @@ def timm_model(name: str, arguments: Mapping[str, Any], config: TimmConfig | Non
     given = {key: _tuples(value) for key, value in arguments.items()}
     for key in given:
         if key.startswith(("pretrained", "checkpoint")):
-            raise UsageError(f"timm:{name}: {key}={given[key]} is not supported", "remove it: weights are random")
+            raise UsageError(
+                f"timm:{name}: {key}={given[key]} is not supported", "remove it; models start with random weights"
+            )
         if key in sizes:
             raise UsageError(f"timm:{name}: {key} is a setting of the preset", f"--set model.{ARGUMENTS[key]}=...")
     while True:
