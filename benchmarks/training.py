@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from lsag import LSAG, load_preset
-from lsag.data.sources import unnamed_classes
+from lsag.data.sources import placeholder_classes
 from lsag.training.folder import RunFolder
 from lsag.training.optim import make_optimizer
 from lsag.training.state import State
@@ -52,7 +52,7 @@ def save(name: str, repeats: int) -> tuple[float, float]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = State(model, optimizer, scaler, None, preset, unnamed_classes(preset.model.num_classes), "")
+    state = State(model, optimizer, scaler, None, preset, placeholder_classes(preset.model.num_classes), "")
     times = []
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from lsag.checkpoint import load_checkpoint, random_checkpoint
-from lsag.config import Preset, Recompute
+from lsag.config import Preset, Recompute, parse_spec
 from lsag.device import autocast, autocast_dtype, choose_device, peak_memory
 from lsag.errors import UsageError
 from lsag.inference.session import Session
@@ -23,16 +23,14 @@ from lsag.model.build import (
     count_macs,
     count_model,
     image_shape,
-    read_spec,
     set_recompute,
-    split_settings,
     timm_model,
 )
 from lsag.model.cpu import linear
 from lsag.model.network import LSAG
 from lsag.paper.released import as_released
 from lsag.paper.tables import TABLES
-from lsag.presets import load_preset, parse_override
+from lsag.presets import load_preset
 
 MIN_SECONDS = 0.05
 """A turn repeats its run for about this long, so that neither the clock nor kernel launches dominate."""
@@ -224,16 +222,13 @@ def open_contender(
     if kind == "timm":
         model, shape = timm_contender(rest)
     else:
-        name, *settings = split_settings(rest if kind in ("plain", "compiled") else spec)
+        name, settings = parse_spec(rest if kind in ("plain", "compiled") else spec)
         if name.endswith(".pt"):
             if settings:
                 raise UsageError(f"{spec}: a checkpoint has its own settings", "remove them")
             checkpoint = load_checkpoint(name)
         else:
-            pairs = list(map(parse_override, settings))
-            if len(dict(pairs)) < len(pairs):
-                raise UsageError(f"{spec} has a setting twice", "give it once")
-            checkpoint = random_checkpoint(load_preset(name, dict(pairs)))
+            checkpoint = random_checkpoint(load_preset(name, settings))
         shape = image_shape(checkpoint.preset.model)
         model = checkpoint.model
         if kind == "plain":
@@ -249,11 +244,12 @@ def open_contender(
 
 def timm_contender(spec: str) -> tuple[nn.Module, tuple[int, int, int]]:
     """timm's model for `NAME[,KEY=VALUE...]`, and the shape of its images."""
-    options, model = read_spec(spec)[1], timm_model(spec)
+    name, options = parse_spec(spec)
+    model = timm_model(name, options)
     known = getattr(model, "pretrained_cfg", {})
     channels, height, width = known.get("input_size", (3, 224, 224))
     size = options.get("img_size", (height, width))
-    height, width = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
+    height, width = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
     if not isinstance(height, int) or not isinstance(width, int):
         raise UsageError(f"timm:{spec}: img_size is no size", "for example img_size=224")
     return model, (options.get("in_chans", channels), height, width)

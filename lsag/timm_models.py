@@ -12,9 +12,9 @@ from lsag.config import ModelConfig
 from lsag.errors import UsageError
 from lsag.model.build import ARGUMENTS
 from lsag.model.network import LSAG
-from lsag.presets import load_preset, preset_paths
+from lsag.presets import load_preset, preset_names
 
-PRESETS = {f"lsag_{name.replace('-', '_')}": name for name in preset_paths()}
+PRESETS = {f"lsag_{name.replace('-', '_')}": name for name in preset_names()}
 WITHOUT_EFFECT = {"drop_rate": 0.0, "global_pool": "avg"}
 """Arguments that timm's scripts always pass, and the only value of each that is accepted."""
 

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 import lsag.model.cpu
 from lsag import LSAG, ModelConfig, load_preset
 from lsag.paper.released import as_released
-from lsag.presets import preset_paths
+from lsag.presets import preset_names
 from tests.conftest import ABLATIONS, CIFAR_SHIFTS, IMAGENET_SHIFTS, ONE_SHIFT, images, randomise, small_config
 from tests.model import oracle
 
@@ -72,7 +72,7 @@ LARGE = ("cifar-small", "cifar-base", *(f"cifar-tiny-{name}" for name in [*ABLAT
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
-        for name in preset_paths()
+        for name in preset_names()
         if name != "cifar-tiny-ii"  # BatchNorm: in training, results depend on the whole batch
     ],
 )
@@ -245,7 +245,7 @@ def test_key_value_heads_default_to_the_query_heads():
     assert ModelConfig.model_validate(small_config().model_dump()).stages[1].num_kv_heads == 3
 
 
-@pytest.mark.parametrize("name", preset_paths())
+@pytest.mark.parametrize("name", preset_names())
 def test_every_preset_builds_and_runs(name):
     config = load_preset(name).model
     with torch.device("meta"):
