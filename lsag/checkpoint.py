@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from lsag.config import ModelConfig, Preset, validate_preset
-from lsag.data.sources import unnamed_classes
+from lsag.data.sources import placeholder_classes
 from lsag.errors import CheckError, DamagedError, InputError, UsageError
-from lsag.files import write_checked, writing
+from lsag.files import read_bytes, write_checked, writing
 from lsag.model.build import build_model
 
 FORMAT = 1
@@ -42,7 +42,7 @@ class Checkpoint:
 def random_checkpoint(preset: Preset) -> Checkpoint:
     """An untrained model of `preset`, initialised from its seed."""
     torch.manual_seed(preset.train.seed)
-    return Checkpoint(build_model(preset.model).eval(), preset, unnamed_classes(preset.model.num_classes))
+    return Checkpoint(build_model(preset.model).eval(), preset, placeholder_classes(preset.model.num_classes))
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -134,17 +134,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(model.eval(), preset, classes, epoch, metrics, training)
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(0, "not a regular file")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read checkpoint {path}: {error.strerror}", "check the path") from error
-
-
 def _read_safetensors(path: Path) -> Any:
-    data = _read_bytes(path)
+    data = read_bytes(path, what="checkpoint")
     try:
         weights = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -159,7 +150,7 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def _read(path: Path) -> Any:
-    data = _read_bytes(path)
+    data = read_bytes(path, what="checkpoint")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
@@ -188,19 +179,33 @@ def _read(path: Path) -> Any:
 
 
 def check_weights(weights: Any, wanted: Mapping[str, torch.Tensor]) -> None:
-    """ValueError unless `weights` are finite tensors with the names, shapes and types of `wanted`."""
+    """ValueError unless `weights` are finite tensors with the names, shapes and types of `wanted`.
+
+    It counts what is wrong, and names the first three keys of each kind.
+    """
     if not isinstance(weights, dict) or not all(
         isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
         for value in weights.values()
     ):
         raise ValueError("the weights are not plain tensors")
-    problems = [f"{key} is missing" for key in wanted if key not in weights]
-    problems += [f"{key} is unknown" for key in weights if key not in wanted]
-    problems += [
-        f"{key} is {weights[key].dtype} {tuple(weights[key].shape)}, not {value.dtype} {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in weights and (weights[key].shape != value.shape or weights[key].dtype != value.dtype)
-    ]
-    problems += [f"{key} is not finite" for key in wanted if key in weights and not weights[key].isfinite().all()]
-    if problems:
-        raise ValueError(f"{len(problems)} weights do not fit: {'; '.join(problems[:3])}")
+    shared = [key for key in wanted if key in weights]
+    problems = {
+        "missing": [key for key in wanted if key not in weights],
+        "unknown": [key for key in weights if key not in wanted],
+        "of another shape or type": [
+            f"{key} is {_layout(weights[key])}, the model has {_layout(wanted[key])}"
+            for key in shared
+            if _layout(weights[key]) != _layout(wanted[key])
+        ],
+        "not finite": [key for key in shared if not weights[key].isfinite().all()],
+    }
+    found = [f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"the weights do not fit: {'; '.join(found)}")
+
+
+_check_weights = check_weights  # goes when initialise_from moves to the training
+
+
+def _layout(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {' x '.join(map(str, tensor.shape))}".rstrip()

@@ -1,14 +1,13 @@
 """lsag train --dry-run"""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-from lsag.config import DATASETS, Preset, TimmConfig
+from lsag.config import DATASETS, Preset, TimmConfig, flatten
 from lsag.errors import UsageError
-from lsag_cli.display import duration
+from lsag_cli.display import counted, duration
 from lsag_cli.flops import count_network
-from lsag_cli.options import leaving_at_once
+from lsag_cli.options import loading
 from lsag_cli.output import giga, print_json, say
 from lsag_cli.processes import TrainCommand
 
@@ -18,7 +17,7 @@ def show_plan(preset: Preset, options: TrainCommand, *, processes: int, probe: b
     accum, recipe = options.accum, preset.train
     slice_size = preset.slice_size(processes * accum)
     if isinstance(preset.model, TimmConfig):
-        with leaving_at_once():
+        with loading():
             from lsag.model.build import check_training
 
         check_training(preset.model, slice_size=slice_size, recompute=options.recompute)
@@ -44,7 +43,7 @@ def show_plan(preset: Preset, options: TrainCommand, *, processes: int, probe: b
         "peak_lr": recipe.lr * recipe.lr_scale,
     }
     if probe:
-        with leaving_at_once():
+        with loading():
             from lsag.bench import probe as measure
 
         seconds, memory = measure(
@@ -60,7 +59,7 @@ def show_plan(preset: Preset, options: TrainCommand, *, processes: int, probe: b
     if as_json:
         print_json("train", dry_run=True, preset=preset.model_dump(mode="json"), **plan)
         return
-    for key, value in flatten(preset.model_dump(mode="json")):
+    for key, value in flatten(preset.model_dump(mode="json")).items():
         say(f"{key} = {json.dumps(value)}")
     show_figures(preset, plan)
 
@@ -81,20 +80,3 @@ def show_figures(preset: Preset, plan: dict[str, Any]) -> None:
         say(f"memory           {plan['memory_bytes'] / 2**30:.2f} GiB at its peak")
         if plan["training_seconds"]:
             say(f"the training     {duration(plan['training_seconds'])}")
-
-
-def counted(number: int, noun: str) -> str:
-    """1, "slice" -> "1 slice"; 2, "slice" -> "2 slices"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as the dotted keys that --set takes."""
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            yield from flatten(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        for index, inner in enumerate(value):
-            yield from flatten(inner, f"{key}.{index}")
-    else:
-        yield key, value

@@ -8,7 +8,7 @@ from lsag.distributed.launch import launch, launched
 from lsag.errors import UnavailableError, UsageError
 from lsag.runs import check_run_folder
 from lsag.training.options import TrainOptions
-from lsag_cli.options import leaving_at_once
+from lsag_cli.options import loading
 
 
 class TrainCommand(TrainOptions):
@@ -76,7 +76,7 @@ def place(gpus: str | None, device: str, procs: int | None) -> tuple[str, int]:
 
 def choose_gpus(gpus: str, numbers: list[str]) -> list[str]:
     """The indices of the GPUs that `--gpus N|all|0,2` asks for. UnavailableError for one that is not there."""
-    with leaving_at_once():
+    with loading():
         import torch
 
     found = torch.cuda.device_count()
@@ -101,7 +101,7 @@ def join_or_launch(options: TrainCommand, *, processes: int, arguments: list[str
     `arguments` are added to those of this command for the ranks. UsageError if the environment makes this process one
     of several and the options ask for others.
     """
-    with leaving_at_once():
+    with loading():
         from lsag.distributed.world import world_in_environment, world_size_here
 
     several = processes > 1 or options.nodes > 1 or options.max_restarts > 0

@@ -25,7 +25,7 @@ from lsag_cli.options import (
     Recompute,
     Workers,
     data_dir_or_default,
-    leaving_at_once,
+    loading,
     read_preset,
 )
 from lsag_cli.output import note, percent, print_json, say
@@ -213,7 +213,7 @@ def preset_of(run: Path) -> str:
 
 def follow(preset: Preset, options: TrainCommand, *, main: bool) -> "Finished | None":
     """Train in this process; the `main` rank shows the progress, and gets the end."""
-    with leaving_at_once():
+    with loading():
         from lsag.training.events import Epoch, Finished, Started, Step
         from lsag.training.loop import train as run
 

@@ -5,7 +5,7 @@ import torch
 
 from lsag import load_preset
 from lsag.checkpoint import random_checkpoint
-from lsag.inference.classifier import classifier
+from lsag.inference.classifier import Classifier
 from lsag.inference.export import export_onnx
 from lsag.inference.session import Session
 from lsag.training.events import Epoch
@@ -25,8 +25,8 @@ def checkpoint():
 
 def test_bf16_logits_are_close_to_fp32(checkpoint):
     images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
-    expected = classifier(checkpoint, torch.device("cpu"))(images)
-    found = classifier(checkpoint, torch.device("cuda"))(images).float().cpu()
+    expected = Classifier(checkpoint)(images)
+    found = Classifier(checkpoint, device="cuda")(images).float().cpu()
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 

@@ -17,7 +17,7 @@ from lsag.config import Preset
 from lsag.distributed.world import World, joined
 from lsag.errors import CheckError, InputError, WorkerError
 from lsag.failpoints import failpoint
-from lsag.inference.classifier import classifier
+from lsag.inference.classifier import Classifier
 from lsag.inference.evaluate import Metrics, evaluate
 from lsag.model.build import check_training
 from lsag.runs import check_run_folder, step_files
@@ -146,7 +146,7 @@ def evaluate_epoch(state: State, data: Data, world: World, signals: Signals) -> 
     world.share_buffers(state.evaluated)
     state.evaluated.eval()
     return evaluate(
-        classifier(state.checkpoint(), world.device),
+        Classifier(state.checkpoint(), device=world.device),
         data.eval_loader,
         count=data.num_eval,
         batch_size=data.eval_batch,

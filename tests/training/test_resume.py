@@ -294,7 +294,7 @@ from lsag.checkpoint import random_checkpoint
 from lsag.data.loading import eval_loader
 from lsag.data.sources import open_split
 from lsag.distributed.world import World
-from lsag.inference.classifier import classifier
+from lsag.inference.classifier import Classifier
 from lsag.inference.evaluate import evaluate
 
 torch.set_num_threads(1)
@@ -309,7 +309,7 @@ for size in (1, 2, 3, 4):
             heard = []
             loader = eval_loader(source, preset, batch_size=50, workers=0, rank=rank, size=size)
             metrics = evaluate(
-                classifier(checkpoint, torch.device("cpu")), loader, count=len(source), batch_size=50, num_classes=10,
+                Classifier(checkpoint), loader, count=len(source), batch_size=50, num_classes=10,
                 world=World(rank, size), on_batch=heard.append,
             )
             line = f"{metrics.count} {metrics.loss.hex()} {metrics.top1} {metrics.top5} {metrics.confusion.tolist()}"
