@@ -203,7 +203,8 @@ def test_the_throw_away_steps_leave_no_statistics(tmp_path, preset):
     assert_equal(before, dict(model.named_buffers()))
 
 
-@pytest.mark.parametrize("ema", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_ranks_evaluate_with_the_same_statistics(lsag, tmp_path, ema):
     """What two ranks measure together is what the checkpoint gives alone: it holds the statistics of the first."""
     command = "train --model timm:test_resnet --device cpu --procs 2 --epochs 1 --out run --workers 0"

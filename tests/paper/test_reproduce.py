@@ -206,6 +206,7 @@ TINY_RUN = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_table_from_the_command_line(lsag, folder):
     """Trained once; the second time only looked up, and with another seed only that one is trained."""
     done = lsag("reproduce", "--table", 5, "--rows", "a,FULL", *TINY_RUN, "--data-dir", folder, cwd=folder)
@@ -228,6 +229,7 @@ def test_a_table_from_the_command_line(lsag, folder):
     assert [len(row["top1"]) for row in rows] == [0, 2, 0, 0, 0, 0, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_trainings_which_go_on_later(lsag, folder, number):
     arguments = ["reproduce", "--table=6", "--rows=I", *TINY_RUN, f"--data-dir={folder}"]

@@ -320,6 +320,7 @@ for size in (1, 2, 3, 4):
 """
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_evaluates_alike(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run([sys.executable, "-c", RANKS], cwd=tmp_path, env=environment, check=True, timeout=120)
@@ -437,6 +438,7 @@ def test_nonsense_in_the_environment(lsag):
     assert_refused(lsag("train", env=world | inherited), 7, "unset LSAG_LAUNCHER")
 
 
+@pytest.mark.slow
 def test_ranks_train_into_a_folder_below_another(lsag, tmp_path):
     """The launcher makes a folder named after the run, in which a path would be one more folder."""
     done = lsag("train", *TINY, "--device", "cpu", "--procs", "2", "--workers", "0", "--out", tmp_path / "deep/run")
