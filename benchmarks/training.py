@@ -19,9 +19,9 @@ import torch
 
 from lsag import LSAG, load_preset
 from lsag.data.sources import unnamed_classes
+from lsag.training.folder import RunFolder
 from lsag.training.optim import make_optimizer
-from lsag.training.run import RunFolder
-from lsag.training.state import Position, State
+from lsag.training.state import State
 
 WAYS = {
     "1 process, 1 thread": (["--procs", "1"], "1"),
@@ -53,7 +53,7 @@ def save(name: str, repeats: int) -> tuple[float, float]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = State(model, optimizer, scaler, None, preset, unnamed_classes(preset.model.num_classes), "", {}, Position())
+    state = State(model, optimizer, scaler, None, preset, unnamed_classes(preset.model.num_classes), "")
     times = []
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))

@@ -12,7 +12,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lsag.config import ModelConfig, Preset, validate_preset
@@ -20,7 +19,6 @@ from lsag.data.sources import unnamed_classes
 from lsag.errors import CheckError, DamagedError, InputError, UsageError
 from lsag.files import read_bytes, write_checked, writing
 from lsag.model.build import build_model
-from lsag.model.network import LSAG
 
 FORMAT = 1
 
@@ -45,48 +43,6 @@ def random_checkpoint(preset: Preset) -> Checkpoint:
     """An untrained model of `preset`, initialised from its seed."""
     torch.manual_seed(preset.train.seed)
     return Checkpoint(build_model(preset.model).eval(), preset, unnamed_classes(preset.model.num_classes))
-
-
-def initialise_from(model: nn.Module, path: str | Path, *, num_classes: int, reset_head: bool = False) -> list[str]:
-    """Give `model` the weights of a checkpoint, as the beginning of a fine-tuning; says what had to be changed.
-
-    LSAG's position embeddings are resized (bicubic) to the model's image size; with `reset_head` the classifier is left
-    as it was initialised. InputError if the rest does not fit, with both models named.
-    """
-    found = load_checkpoint(path)
-    weights, wanted, said = found.model.state_dict(), model.state_dict(), []
-    if reset_head:
-        known: Any = getattr(model, "pretrained_cfg", {})
-        heads = known.get("classifier", "head")
-        prefixes = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
-        weights |= {key: value for key, value in wanted.items() if key.startswith(prefixes)}
-        said.append(f"a new head for {num_classes} classes")
-    elif found.preset.model.num_classes != num_classes:
-        raise InputError(
-            f"{path}: {found.preset.name} has {found.preset.model.num_classes} classes, asked for {num_classes}",
-            "add --reset-head for a new classifier",
-        )
-    if isinstance(model, LSAG) and isinstance(found.model, LSAG):
-        sides = zip(found.model.config.grid_sizes, model.config.grid_sizes, strict=False)
-        for key, (old, new) in zip([key for key in wanted if key.endswith("pos")], sides, strict=False):
-            if old != new and key in weights:
-                weights[key] = _resized(weights[key], old, new)
-                said.append(f"{key} resized from {old} x {old} to {new} x {new} patches")
-    try:
-        _check_weights(weights, wanted)
-    except ValueError as error:
-        raise InputError(
-            f"{path} holds {found.preset.name}, which is another network: {error}", "choose its preset"
-        ) from error
-    model.load_state_dict(weights)
-    return said
-
-
-def _resized(positions: torch.Tensor, old: int, new: int) -> torch.Tensor:
-    """Position embeddings (old * old, ...) -> (new * new, ...)."""
-    grid = positions.flatten(1).T.unflatten(1, (old, old))[None]
-    resized = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)[0]
-    return resized.flatten(1).T.unflatten(1, positions.shape[1:])
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:

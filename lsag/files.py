@@ -41,7 +41,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Any]:
-    """A binary file that takes the name `path` only once it is written and synced. OutputError when that fails."""
+    """A binary file that gets the name `path` only once it is written and synced. OutputError if that fails."""
     temporary = None
     try:
         if path.exists() and not path.is_file():
@@ -66,7 +66,7 @@ def replacing(path: Path) -> Iterator[Any]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names that were given or taken away in `folder` survive a power loss."""
+    """Make the creation and removal of names in `folder` survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -75,7 +75,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_checked(path: Path, data: bytes | memoryview) -> None:
-    """Replace `path` by `data`, read back and compared before it gets its name. OutputError when that fails."""
+    """Replace `path` by `data`, read back and compared before it gets its name. OutputError if that fails."""
     view, half = memoryview(data), len(data) // 2
     with replacing(path) as file:
         file.write(view[:half])

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 import typer
 
 from lsag.config import Preset
-from lsag.errors import UsageError
+from lsag.errors import InputError, UsageError
 from lsag.files import read_bytes
 from lsag.inference.providers import OPSETS, Opset
-from lsag.runs import BEST, newest_run
+from lsag.runs import BEST, RUNS, newest_run
 from lsag_cli.options import (
     Force,
     Json,
@@ -77,7 +77,7 @@ def export(
     elif preset is not None or overrides:
         raise UsageError("a checkpoint has its own preset", "remove --preset and --set, or add --random-weights")
     else:
-        checkpoint = checkpoint or newest_run(BEST) / BEST
+        checkpoint = checkpoint or newest_best()
         read_bytes(checkpoint, what="checkpoint", size=0)
         out = out or checkpoint.with_suffix(suffix)
     if out.suffix != suffix:
@@ -124,6 +124,14 @@ def export(
     )
     if checkpoint is not None:
         say(eval_command(done.path, source.preset))
+
+
+def newest_best() -> Path:
+    """best.pt of the newest run in ./runs. InputError if there is none."""
+    run = newest_run(BEST)
+    if run is None:
+        raise InputError(f"no checkpoint given, and no {BEST} in ./{RUNS}", "lsag train, or lsag export CKPT --onnx")
+    return run / BEST
 
 
 def convert(

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lsag import LSAG, load_checkpoint, load_preset
-from lsag.checkpoint import Checkpoint, initialise_from, random_checkpoint, save_checkpoint, save_safetensors
+from lsag.checkpoint import Checkpoint, random_checkpoint, save_checkpoint, save_safetensors
 from lsag.errors import InputError, OutputError
 from lsag.files import replacing
+from lsag.training.begin import initialise_from
 from tests.conftest import ABLATIONS, images, randomise, small_config
 
 

@@ -8,7 +8,9 @@ from lsag.checkpoint import random_checkpoint
 from lsag.inference.classifier import Classifier
 from lsag.inference.export import export_onnx
 from lsag.inference.session import Session
-from lsag.training.loop import Epoch, train
+from lsag.training.events import Epoch
+from lsag.training.loop import train
+from lsag.training.options import TrainOptions
 from tests.conftest import randomise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -30,7 +32,7 @@ def test_bf16_logits_are_close_to_fp32(checkpoint):
 
 def test_training_learns(tmp_path):
     preset = load_preset("digits-nano", {"train.epochs": 8, "train.warmup_epochs": 1})
-    events = train(preset, data_dir=tmp_path, out=tmp_path / "run", device="cuda")
+    events = train(preset, TrainOptions(data_dir=tmp_path, out=tmp_path / "run", device="cuda"))
     epochs = [event for event in events if isinstance(event, Epoch)]
     assert epochs[-1].top1 > 0.8
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lsag.config import Precision
 from lsag.data.loading import batches, choose_workers, eval_loader
 from lsag.data.sources import check_classes, open_split
-from lsag.distributed.world import ALONE, World
+from lsag.distributed.world import SINGLE, World
 from lsag.errors import InputError
 from lsag.failpoints import failpoint
 from lsag.inference.classifier import Classifier, open_model
@@ -58,7 +58,7 @@ def evaluate(
     count: int,
     batch_size: int,
     num_classes: int,
-    world: World = ALONE,
+    world: World = SINGLE,
     on_batch: Callable[[int], object] | None = None,
 ) -> Metrics:
     """Run `classify`, uint8 images (B, C, image_size, image_size) -> logits (B, num_classes), over all `count` images.

@@ -381,9 +381,7 @@ def test_interrupting_says_what_is_kept(tmp_path):
     training.send_signal(signal.SIGINT)
     _, errors = training.communicate(timeout=60)
     assert training.returncode == 130
-    said = re.search(
-        r"stopped by SIGINT: step (\d+) is saved in run — continue with: lsag train --resume run\n$", errors
-    )
+    said = re.search(r"interrupted; step (\d+) is saved in run — resume with: lsag train --resume run\n$", errors)
     assert said and load_checkpoint(tmp_path / f"run/step-{int(said[1]):010d}.pt").epoch >= 1
     assert "Traceback" not in errors
 
