@@ -204,8 +204,5 @@ def check_weights(weights: Any, wanted: Mapping[str, torch.Tensor]) -> None:
         raise ValueError(f"the weights do not fit: {'; '.join(found)}")
 
 
-_check_weights = check_weights  # goes when initialise_from moves to the training
-
-
 def _layout(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {' x '.join(map(str, tensor.shape))}".rstrip()

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor, nn
 from torchvision import transforms
@@ -39,12 +39,16 @@ def eval_transform(preset: Preset) -> Any:
     size = preset.model.image_size
     return transforms.Compose(
         [
-            partial(Image.Image.convert, mode=preset.image_mode),
+            partial(_upright, mode=preset.image_mode),
             _resize(preset.data.eval_resize or size, preset.data),
             transforms.CenterCrop(size),
             transforms.PILToTensor(),
         ]
     )
+
+
+def _upright(image: Image.Image, *, mode: str) -> Image.Image:
+    return ImageOps.exif_transpose(image).convert(mode)
 
 
 def _resize(size: int, data: DataConfig) -> transforms.Resize:
