@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lsag.config import ModelConfig, Preset, validate_preset
-from lsag.data.sources import unnamed_classes
+from lsag.data.sources import placeholder_classes
 from lsag.errors import CheckError, DamagedError, InputError, UsageError
 from lsag.files import read_bytes, write_checked, writing
 from lsag.model.build import build_model
@@ -42,7 +42,7 @@ class Checkpoint:
 def random_checkpoint(preset: Preset) -> Checkpoint:
     """An untrained model of `preset`, initialised from its seed."""
     torch.manual_seed(preset.train.seed)
-    return Checkpoint(build_model(preset.model).eval(), preset, unnamed_classes(preset.model.num_classes))
+    return Checkpoint(build_model(preset.model).eval(), preset, placeholder_classes(preset.model.num_classes))
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:

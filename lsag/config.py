@@ -1,24 +1,36 @@
-"""Presets: what a model is and how it is trained, as validated, frozen data.
+"""The schema: what a model is and how it is trained, as validated, frozen data.
 
-Everything here is plain Python and pydantic; torch is not imported, so that the command line answers at once.
+Everything here is plain Python and pydantic. torch is not imported, so that the command line answers at once.
 """
 
 import difflib
 import math
+import re
+import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Strict,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from lsag.errors import UsageError
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "imagenet", "folder"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Recompute = Literal["none", "local", "all"]
-# Strict scalars: "10" or true is no number, while a list may stand for a tuple.
+# Strict scalars: neither "10" nor true is a number, while a list may stand for a tuple.
 Integer = Annotated[int, Strict()]
-Real = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-# The bounds are far above any use; they keep a typing error from taking all memory.
+Real = Annotated[float, Strict()]
+# The bounds are far above any use; they keep a typing error from using up all memory.
 Positive = Annotated[Integer, Field(gt=0, le=10_000_000)]
 Size = Annotated[Integer, Field(gt=0, le=16_384)]
 NonNegativeInteger = Annotated[Integer, Field(ge=0, le=16_384)]
@@ -28,14 +40,14 @@ BelowOne = Annotated[Real, Field(ge=0, lt=1)]
 PositiveReal = Annotated[Real, Field(gt=0)]
 Shift = tuple[Integer, Integer]
 
-# Swin's own 7 divides no grid of the presets. A smaller grid is one window.
 SWIN_WINDOW = 8
-# What timm understands: magnitude, its spread and limit, number of operations, probability, increasing severity.
+"""Patches along a side of a window. Swin's own 7 divides none of the presets' grids. A smaller grid is one window."""
+# timm's syntax: magnitude, its spread and limit, number of operations, probability, increasing severity.
 RAND_AUGMENT = r"^rand(-((m|n|mmax|inc)\d{1,2}|(mstd|p)\d+(\.\d+)?))*$"
 
 
 class DatasetInfo(NamedTuple):
-    """What is known of a dataset before it is opened. `mean` and `std` are per channel, for pixels in 0..1."""
+    """What is known about a dataset before it is opened. `mean` and `std` are per channel, for pixels in 0..1."""
 
     num_classes: int
     train_images: int
@@ -53,7 +65,7 @@ DATASETS: dict[str, DatasetInfo] = {
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class StageConfig(_Frozen):
@@ -74,7 +86,7 @@ class StageConfig(_Frozen):
 
 
 class ModelConfig(_Frozen):
-    """The network: paper section 3 and Table 2. Sizes in pixels, shifts as (px, py), px to the right and py down."""
+    """The network (paper, section 3 and Table 2). Sizes in pixels; shifts as (px, py), px to the right and py down."""
 
     image_size: Size
     in_channels: Literal[1, 3] = 3
@@ -85,12 +97,12 @@ class ModelConfig(_Frozen):
     patch_padding: NonNegativeInteger
     shift_mode: Literal["roll", "extend"] = "roll"
     variants: Literal["convolution", "translation"] = "convolution"
-    """What makes a shift's variant: a convolution of its own on the rolled image, or one for all on an image whose
-    edges are reflected."""
+    """How a shift's variant is made: by its own convolution of the rolled image, or by one shared convolution of the
+    image translated with reflected edges."""
     position: Literal["variant", "shared"] = "variant"
-    """Whether a patch has a position embedding for each variant, or one."""
+    """Whether a patch has a position embedding per variant, or one shared by all."""
     local: Literal["shift", "none", "swin", "cvt"] = "shift"
-    """The first block: the paper's, a global one like the others, Swin's, or CvT's with CvT's embedding (Table 6)."""
+    """The first block: the paper's local one, a global one like the rest, Swin's, or CvT's with its embedding."""
     mlp_ratio: Annotated[Real, Field(ge=0.1, le=100)] = 4.0
     drop_path: BelowOne = 0.1
     stages: tuple[StageConfig, ...] = Field(min_length=1)
@@ -98,9 +110,9 @@ class ModelConfig(_Frozen):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.shifts[0] != (0, 0):
-            raise ValueError(f"the first of shifts is the unshifted variant [0, 0], not {list(self.shifts[0])}")
+            raise ValueError(f"the first shift must be [0, 0], the unshifted variant, not {list(self.shifts[0])}")
         if self.shift_mode == "extend" and min(min(shift) for shift in self.shifts) < 0:
-            raise ValueError("shift_mode 'extend' takes no negative shifts; use 'roll'")
+            raise ValueError("shift_mode 'extend' does not allow negative shifts; use 'roll'")
         if max(abs(p) for shift in self.shifts for p in shift) >= self.image_size:
             raise ValueError(f"a shift must be smaller than image_size {self.image_size}")
         if self.image_size % self.patch_stride:
@@ -116,11 +128,11 @@ class ModelConfig(_Frozen):
                 f"patch_padding {self.patch_padding} must be smaller than patch_kernel {self.patch_kernel}"
             )
         if self.variants == "translation" and self.shift_mode != "roll":
-            raise ValueError("variants 'translation' reflects the image's edges; set model.shift_mode=roll")
+            raise ValueError("variants 'translation' reflects the edges of the image; set model.shift_mode=roll")
         if self.local != "shift" and self.num_variants > 1:
-            raise ValueError(f"local '{self.local}' looks at no shifted variants; set model.shifts=[[0,0]]")
+            raise ValueError(f"local '{self.local}' does not use shifted variants; set model.shifts=[[0,0]]")
         if self.local == "swin" and self.stages[0].depth < 2:
-            raise ValueError("local 'swin' has its own norms and needs a block beside it; set model.stages.0.depth=2")
+            raise ValueError("local 'swin' needs a second block in the first stage; set model.stages.0.depth=2")
         if self.local == "cvt" and self.patch_kernel <= self.patch_stride:
             raise ValueError(
                 f"local 'cvt' embeds overlapping patches: patch_kernel {self.patch_kernel} must be larger than "
@@ -143,23 +155,36 @@ class ModelConfig(_Frozen):
 
 
 class TimmConfig(_Frozen):
-    """A classifier of timm in the network's place: a baseline under the same recipe."""
+    """A timm classifier instead of LSAG: a baseline trained with the same recipe."""
 
     timm: Annotated[str, Field(min_length=1, max_length=500)]
-    """NAME[,KEY=VALUE...], with arguments of timm's model."""
+    """Name of a timm model, or of a model class in timm.models."""
+    arguments: dict[str, JsonValue] = {}
+    """Further arguments of timm's model; the fields below set the rest."""
     image_size: Size
     in_channels: Literal[1, 3] = 3
     num_classes: Positive
     drop_path: BelowOne = 0.1
 
+    @model_validator(mode="before")
+    @classmethod
+    def _splits_shorthand(cls, fields: Any) -> Any:
+        """Accept `timm = "NAME,KEY=VALUE"`, as `--model` gives it and as older checkpoints have it."""
+        if isinstance(fields, dict) and isinstance(fields.get("timm"), str):
+            name, arguments = parse_spec(fields["timm"])
+            more = fields.get("arguments", {})
+            if arguments and isinstance(more, dict):
+                return {**fields, "timm": name, "arguments": arguments | more}
+        return fields
 
-def _network(model: Any) -> str:
-    """The tag of a model section: of timm's if it names one."""
+
+def _tag(model: Any) -> str:
+    """Which of the two kinds a model section is: it is timm's if it names a timm model."""
     return "timm" if isinstance(model, TimmConfig) or (isinstance(model, dict) and "timm" in model) else "lsag"
 
 
 class DataConfig(_Frozen):
-    """The dataset, and how an image becomes the model's input."""
+    """The dataset, and how an image becomes the input of the model."""
 
     dataset: DatasetName
     mean: tuple[Real, ...]
@@ -168,16 +193,16 @@ class DataConfig(_Frozen):
     """'padded': random crop after padding by `crop_padding`; 'resized': random resized crop (DeiT)."""
     crop_padding: NonNegativeInteger = 4
     eval_resize: Size | None = None
-    """Shorter side, in pixels, before the centre crop of evaluation; None: the image size itself."""
+    """Shorter side in pixels before the centre crop of evaluation; None: the image size."""
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
 
 
 class AugmentConfig(_Frozen):
-    """Augmentation and regularisation of the targets: DeiT's, without repeated augmentation (section 3.3)."""
+    """Augmentation and regularisation of the targets: as in DeiT, without repeated augmentation (section 3.3)."""
 
     hflip: Probability = 0.5
     rand_augment: Annotated[str, Field(pattern=RAND_AUGMENT)] | None = "rand-m9-mstd0.5-inc1"
-    """timm's description of RandAugment, or "none"."""
+    """RandAugment in timm's syntax, or "none"."""
     random_erasing: Probability = 0.25
     mixup: NonNegative = 0.8
     cutmix: NonNegative = 1.0
@@ -187,23 +212,23 @@ class AugmentConfig(_Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _none_is_none(cls, fields: Any) -> Any:
+    def _reads_none(cls, fields: Any) -> Any:
         if isinstance(fields, dict) and fields.get("rand_augment") in ("", "none"):
             return {**fields, "rand_augment": None}
         return fields
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are mixed, so that targets become distributions."""
+        """Whether the images of a batch are mixed, so that targets become distributions."""
         return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
 
 class TrainConfig(_Frozen):
-    """The optimisation: AdamW, linear warm-up, cosine (section 3.3). Learning rates are per 512 images of a batch."""
+    """The optimisation: AdamW, linear warm-up, cosine (section 3.3). Learning rates are for a batch of 512 images."""
 
     epochs: Positive = 300
     batch_size: Positive
-    """Images in one optimizer step, over all devices."""
+    """Images per optimizer step, over all devices."""
     lr: PositiveReal = 5e-4
     warmup_lr: NonNegative = 1e-6
     min_lr: NonNegative = 1e-5
@@ -211,12 +236,12 @@ class TrainConfig(_Frozen):
     weight_decay: NonNegative = 0.05
     clip_grad: PositiveReal = 5.0
     ema_decay: BelowOne = 0.0
-    """Of an exponential moving average of the weights, which is then what is evaluated and kept; 0 for none."""
+    """Decay of the moving average of the weights, which is then evaluated and saved as the model; 0 disables it."""
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
 
     @property
     def lr_scale(self) -> float:
-        """What the learning rates are multiplied by."""
+        """The factor of the learning rates for this batch size."""
         return self.batch_size / 512
 
     @model_validator(mode="after")
@@ -230,7 +255,7 @@ class TrainConfig(_Frozen):
 
 
 class PaperFigures(_Frozen):
-    """What the paper prints for this model, for comparison only. The paper's "GFLOPs" are multiply-accumulates."""
+    """The paper's figures for this model, for comparison only. Its "GFLOPs" are multiply-accumulates."""
 
     params_m: Real | None = None
     gmacs: Real | None = None
@@ -241,10 +266,10 @@ class PaperFigures(_Frozen):
 class Preset(_Frozen):
     """A complete, reproducible description of a model and its training."""
 
-    # It becomes the name of folders: no path, and not dots alone.
+    # Run folders are named after it: not a path, and not only dots.
     name: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")]
     description: str = ""
-    model: Annotated[Annotated[ModelConfig, Tag("lsag")] | Annotated[TimmConfig, Tag("timm")], Discriminator(_network)]
+    model: Annotated[Annotated[ModelConfig, Tag("lsag")] | Annotated[TimmConfig, Tag("timm")], Discriminator(_tag)]
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig
@@ -267,18 +292,18 @@ class Preset(_Frozen):
 
     @property
     def image_mode(self) -> Literal["L", "RGB"]:
-        """Pillow's mode of the images."""
+        """Mode of the images in Pillow's terms."""
         return "L" if self.model.in_channels == 1 else "RGB"
 
     def slice_size(self, num_slices: int) -> int:
-        """Images in each of the equal slices that a batch is cut into, one for each rank and accumulation step.
+        """Images per slice when a batch is cut into equal slices, one for each rank and accumulation step.
 
-        UsageError, with the nearest batch sizes that can be, if it cannot be cut so.
+        UsageError with the nearest possible batch sizes if it cannot be cut into equal slices.
         """
         batch, unit = self.train.batch_size, num_slices * (2 if self.augment.mixes else 1)
         if batch % unit:
             nearest = " or ".join(str(size) for size in (batch // unit * unit, -(-batch // unit) * unit) if size)
-            even = " of even size, which mixup and cutmix need" if self.augment.mixes else ""
+            even = " of even size, as mixup and cutmix need" if self.augment.mixes else ""
             raise UsageError(
                 f"train.batch_size {batch} cannot be cut into {num_slices} equal slices{even}",
                 f"--set train.batch_size={nearest}, or change the number of devices or --accum",
@@ -286,33 +311,71 @@ class Preset(_Frozen):
         return batch // num_slices
 
     def with_classes(self, num_classes: int) -> "Preset":
-        """This preset with a head for `num_classes` classes."""
+        """This preset with `num_classes` classes."""
         values = self.model_dump()
         values["model"]["num_classes"] = num_classes
         return validate_preset(values, origin=f"preset {self.name}")
 
 
-def changed_keys(old: Preset | None, new: Preset) -> list[str]:
-    """The dotted keys of the settings in which two presets differ; names, descriptions and the paper's aside.
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by the dotted keys that --set takes, such as `train.epochs` and `model.stages.0.depth`.
 
-    Without an `old` one, all keys.
+    Lists are kept whole, except lists of tables.
     """
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {str(index): item for index, item in enumerate(value)}
+        key = f"{prefix}{name}"
+        flat |= flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
+    return flat
 
-    def flat(value: Any, key: str) -> dict[str, Any]:
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else None
-        if items is None:
-            return {key: value}
-        return {k: v for name, inner in items for k, v in flat(inner, f"{key}.{name}").items()}
 
-    different = []
-    for section in ("model", "data", "augment", "train"):
-        a, b = (flat(getattr(preset, section).model_dump(), section) if preset else {} for preset in (old, new))
-        different += [key for key in a | b if key not in a or key not in b or a[key] != b[key]]
-    return different
+def changed_keys(old: Preset | None, new: Preset) -> list[str]:
+    """The dotted keys of the settings in which two presets differ, or all keys if there is no `old` preset.
+
+    Names, descriptions and the paper's figures are not compared.
+    """
+    own = {"name", "description", "paper"}
+    before, after = (flatten(preset.model_dump(mode="json", exclude=own)) if preset else {} for preset in (old, new))
+    return [key for key in before | after if (key in before, before.get(key)) != (key in after, after.get(key))]
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split 'a.b=value' into its key and its value; the value is read as TOML, or else taken as a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {text!r} is not of the form KEY=VALUE", "for example --set train.epochs=10")
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+        return key.strip(), parsed["value"] if len(parsed) == 1 else value
+    except (ValueError, RecursionError):
+        return key.strip(), value
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """Settings 'a.b=value' by their dotted keys. UsageError if one is set twice."""
+    overrides: dict[str, Any] = {}
+    for key, value in map(parse_override, texts):
+        if key in overrides:
+            raise UsageError(f"{key} is set twice", "set it once")
+        overrides[key] = value
+    return overrides
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """'NAME,KEY=VALUE,...' -> NAME and its settings by their keys, with values as in `parse_override`.
+
+    Python's (1, 2), True, False and None are read too: older checkpoints have them.
+    """
+    name, *settings = re.split(r",(?=[\w.]+=)", spec)
+    python = {"True": True, "False": False, "None": None}
+    values = parse_overrides(setting.replace("(", "[").replace(")", "]") for setting in settings)
+    return name, {key: python.get(value, value) if isinstance(value, str) else value for key, value in values.items()}
 
 
 def validate_preset(values: Mapping[str, Any], *, origin: str) -> Preset:
-    """A Preset from plain data, or one UsageError that lists all that is wrong with it, beginning with `origin`."""
+    """A Preset from plain data, or one UsageError that begins with `origin` and lists everything that is wrong."""
     try:
         return Preset.model_validate(values)
     except ValidationError as error:
@@ -325,7 +388,7 @@ def validate_preset(values: Mapping[str, Any], *, origin: str) -> Preset:
 def _explain(problem: Any) -> str:
     loc = problem["loc"]
     if loc[:1] == ("model",):
-        loc = loc[:1] + loc[2:]  # after it comes the tag of the network
+        loc = loc[:1] + loc[2:]  # without the tag of the union
     where = ".".join(str(part) for part in loc)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
@@ -334,7 +397,7 @@ def _explain(problem: Any) -> str:
         if not near:
             elsewhere = [f"{section}.{last}" for section, model in _SECTIONS.items() if last in model.model_fields]
             near = f", did you mean '{elsewhere[0]}'?" if elsewhere and elsewhere[0] != where else ""
-            near = ", which timm's networks have not" if elsewhere and not near else near
+            near = ", which timm models do not have" if elsewhere and not near else near
         return f"unknown key {where}{near}"
     if problem["type"] == "missing":
         return f"{where} is missing"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lsag.checkpoint import Checkpoint, check_weights, save_checkpoint
 from lsag.config import ModelConfig, Preset
-from lsag.data.sources import unnamed_classes
+from lsag.data.sources import placeholder_classes
 from lsag.errors import InputError, UsageError, first_line
 from lsag.files import read_bytes
 from lsag.model.network import LSAG
@@ -63,7 +63,7 @@ def convert_file(file: str | Path, preset: Preset, out: str | Path) -> None:
         raise UsageError(f"{preset.name} is a timm model, but the release has only LSAG", "choose one of: lsag presets")
     model = from_released(read_released(file), preset.model)
     converted = preset.model_copy(update={"model": model.config})
-    save_checkpoint(out, Checkpoint(model, converted, unnamed_classes(preset.model.num_classes)))
+    save_checkpoint(out, Checkpoint(model, converted, placeholder_classes(preset.model.num_classes)))
 
 
 def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG:

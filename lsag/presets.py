@@ -6,18 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lsag.config import DATASETS, Preset, TimmConfig, did_you_mean, validate_preset
+from lsag.config import DATASETS, Preset, TimmConfig, did_you_mean, parse_spec, validate_preset
 from lsag.errors import LsagError, UsageError
 
 MAX_PRESET_BYTES, MAX_EXTENDS = 1_000_000, 16
-
-
-def preset_paths() -> dict[str, Path]:
-    """The presets that come with the package, by name."""
-    here = Path(__file__).parent
-    # In a wheel they lie inside the package; in a checkout beside it.
-    folder = next(path for path in (here / "preset_files", here.parent / "presets") if path.is_dir())
-    return {path.stem: path for path in [*sorted(folder.glob("*.toml")), *sorted(folder.glob("ablation/*.toml"))]}
+ABLATED = "cifar-tiny"
+"""The preset that the paper's Tables 5 and 6 ablate, and for which they give figures."""
 
 
 def load_preset(
@@ -25,54 +19,68 @@ def load_preset(
     overrides: Mapping[str, Any] | None = None,
     *,
     dataset: str | None = None,
-    base: str | Path | None = None,
     timm: str | None = None,
 ) -> Preset:
-    """Load a preset by name, or from a TOML or JSON file.
+    """Load a preset by name, or from a TOML or JSON file, whose ending may be left out.
 
-    A file with `extends = "NAME"` (a preset's name, or a file relative to it) says only what it changes. `base` takes
-    the place of NAME, also in the preset's own name: cifar-tiny-a with the base cifar-nano is cifar-nano-a. `dataset`
-    puts the preset on another dataset (with its classes and pixel statistics), `timm` another network in the place of
-    its own (see TimmConfig); then `overrides` with dotted keys, such as {"train.epochs": 10}, are applied. Raises
-    UsageError (a ValueError) that names every field at fault.
+    PRESET-ABLATION, such as cifar-nano-a, is an ablation of Tables 5 and 6 of that preset. A file with
+    `extends = "NAME"` (a preset's name, or a file relative to it) contains only what it changes. `dataset` switches to
+    another dataset, with its classes and pixel statistics. `timm` is `NAME[,KEY=VALUE...]`, a timm model that replaces
+    the network (see TimmConfig). `overrides` have dotted keys, such as {"train.epochs": 10}, and are applied last.
+    UsageError (a ValueError) names every field at fault.
     """
     path, values = _read(name_or_path)
-    values.setdefault("name", path.stem)
-    if base is not None:
-        if not isinstance(extended := values.get("extends"), str):
-            raise UsageError(f"{path} extends no preset that {base} could replace", "leave the base away")
-        change = str(values["name"]).removeprefix(Path(extended).stem).removeprefix("-")
-        values |= {
-            "name": f"{Path(base).stem}-{change}",
-            "extends": str(_read(base)[0].absolute()),
-            "paper": None,
-        }
-    values = _extended(values, path)
+    values = _extended({"name": path.stem} | values, path)
     if dataset is not None:
         _set_dataset(values, dataset)
     if timm is not None:
         _set_timm(values, timm)
     for key, value in (overrides or {}).items():
-        _set_by_path(values, key, value)
+        _set_key(values, key, value)
     return validate_preset(values, origin=f"preset {path.stem}")
 
 
+def preset_names() -> list[str]:
+    """The presets that come with the package, with the paper's ablations."""
+    return [*preset_paths(), *(f"{ABLATED}-{ablation}" for ablation in ablations())]
+
+
+def preset_paths() -> dict[str, Path]:
+    """The preset files that come with the package, by name."""
+    return {path.stem: path for path in sorted(_folder().glob("*.toml")) if path.stem != "ablations"}
+
+
+def ablations() -> dict[str, dict[str, Any]]:
+    """What each ablation of Tables 5 and 6 changes in a preset, by its name: `description`, `model` and `paper`."""
+    tables = tomllib.loads((_folder() / "ablations.toml").read_text())
+    return {name: table | {"model": tables["full"]["model"] | table["model"]} for name, table in tables.items()}
+
+
+def _folder() -> Path:
+    """The presets lie inside the package in a wheel, beside it in a checkout."""
+    here = Path(__file__).parent
+    return next(path for path in (here / "preset_files", here.parent / "presets") if path.is_dir())
+
+
 def _read(name_or_path: str | Path, *, extended_by: Path | None = None) -> tuple[Path, dict[str, Any]]:
-    """A preset's file and what it holds; a path is relative to the file that is `extended_by` it."""
-    known = preset_paths()
-    path = known.get(str(name_or_path)) or (extended_by.parent if extended_by else Path()) / name_or_path
-    where = f", which {extended_by} extends" if extended_by else ""
-    names = [name for name, file in known.items() if file.parent.name != "ablation"]  # one letter off a model's name
+    """Where a preset is, and its values before `extends`; a path is relative to the file that is `extended_by` it."""
+    known, name = preset_paths(), str(name_or_path)
+    path = (extended_by.parent if extended_by else Path()) / name
+    files = [known.get(name, path), *(path.with_name(path.name + ending) for ending in (".toml", ".json") if path.name)]
+    base, _, ablation = name.rpartition("-")
     try:
-        if not path.is_file():
+        file = next((file for file in files if file.is_file()), None)
+        if not file and base and ablation in ablations():
+            return path, _ablation(base, ablation)
+        if not file:
+            where = f", which {extended_by} extends" if extended_by else ""
             raise UsageError(
-                f"no preset or file '{name_or_path}'{where}{did_you_mean(Path(name_or_path).name, names)}",
-                "see: lsag presets",
+                f"no preset or file '{name}'{where}{did_you_mean(Path(name).name, known)}", "see: lsag presets"
             )
-        if path.stat().st_size > MAX_PRESET_BYTES:
-            raise UsageError(f"{path} is too large for a preset", "give a TOML file")
-        text = path.read_bytes().decode("utf-8-sig")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        if file.stat().st_size > MAX_PRESET_BYTES:
+            raise UsageError(f"{file} is too large for a preset", "give a TOML file")
+        text = file.read_bytes().decode("utf-8-sig")
+        values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except LsagError:
         raise
     except (ValueError, RecursionError) as error:
@@ -80,12 +88,21 @@ def _read(name_or_path: str | Path, *, extended_by: Path | None = None) -> tuple
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "see: lsag presets") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path} holds no preset", "give a file with [model], [data] and [train]")
-    return path, values
+        raise UsageError(f"{file} is not a preset", "give a file with [model], [data] and [train]")
+    return file, values
+
+
+def _ablation(base: str, ablation: str) -> dict[str, Any]:
+    """An ablation of the preset `base`. The paper's figures are for one preset only."""
+    changes = ablations()[ablation]
+    paper = changes.pop("paper")
+    file = Path(base).name
+    own = {"name": f"{Path(base).stem}-{ablation}", "extends": base if file == base else f"./{file}"}
+    return own | changes | ({"paper": paper} if base == ABLATED else {})
 
 
 def _extended(values: dict[str, Any], path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The `values` of the file `path` over those of the preset that it extends; the files `above` extend this one."""
+    """The `values` of the file `path` over those of the preset it extends; the files `above` extend this one."""
     name = values.pop("extends", None)
     if name is None:
         return values
@@ -96,39 +113,26 @@ def _extended(values: dict[str, Any], path: Path, above: tuple[Path, ...] = ()) 
     if len(above) > MAX_EXTENDS:
         raise UsageError(f"{above[0]} extends a preset that extends another, {MAX_EXTENDS} times", "use fewer files")
     if base.resolve() in above:
-        raise UsageError(f"{path} extends {name}, which extends it in turn", "let one of them stand alone")
+        raise UsageError(f"{path} extends {name}, which extends it in turn", "remove one of the two")
     inherited = _extended(inherited, base, above)
-    for key in ("name", "description", "paper"):  # of that preset alone
+    for key in ("name", "description", "paper"):  # they describe that preset only
         inherited.pop(key, None)
-    if _are_tables(inherited.get("model"), values.get("model")) and "timm" in values["model"]:
-        inherited["model"] = _for_timm(inherited["model"])
+    if isinstance(values.get("model"), dict) and "timm" in values["model"]:
+        inherited["model"] = _sizes(inherited.get("model"))
     return _merged(inherited, values)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Tables are merged, all else is replaced."""
-    both = {key: _merged(below[key], above[key]) for key in below.keys() & above if _are_tables(below[key], above[key])}
-    return below | above | both
-
-
-def _are_tables(*values: Any) -> bool:
-    return all(isinstance(value, dict) for value in values)
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Split 'a.b=value' into its key and its value; the value is read as TOML, or else taken as a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"--set {text!r} is not of the form key=value", "for example --set train.epochs=10")
-    try:
-        parsed = tomllib.loads(f"value = {value}")
-        return key.strip(), parsed["value"] if len(parsed) == 1 else value
-    except (ValueError, RecursionError):
-        return key.strip(), value
+    """Tables are merged; everything else is replaced."""
+    merged = below | above
+    for key in below.keys() & above:
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _merged(below[key], above[key])
+    return merged
 
 
 def _set_dataset(values: dict[str, Any], dataset: str) -> None:
-    """Classes and pixel statistics follow the dataset; `folder` keeps them until its classes are counted."""
+    """Set the dataset with its classes and pixel statistics; `folder` keeps those until its classes are counted."""
     data, model = values.get("data"), values.get("model")
     if not isinstance(data, dict) or not isinstance(model, dict) or data.get("dataset") == dataset:
         return
@@ -139,22 +143,26 @@ def _set_dataset(values: dict[str, Any], dataset: str) -> None:
 
 
 def _set_timm(values: dict[str, Any], spec: str) -> None:
-    """Put timm's network in the place of the preset's, with its image size, channels, classes and drop-path."""
-    model = values.get("model")
-    if not isinstance(model, dict) or model.get("timm") == spec:
+    """Replace the network by timm's, unless it is the same one already."""
+    model, (timm, arguments) = values.get("model"), parse_spec(spec)
+    if not isinstance(model, dict):
         return
-    values["model"] = _for_timm(model) | {"timm": spec}
-    name = spec.partition(",")[0].replace("/", "-")
+    if spec == model.get("timm") or (timm, arguments) == (model.get("timm"), model.get("arguments", {})):
+        return
+    values["model"] = _sizes(model) | {"timm": timm, "arguments": arguments}
+    name = timm.replace("/", "-")
     values |= {"name": f"{values['name']}-{name}", "description": f"timm's {name} under the recipe of {values['name']}"}
     values.pop("paper", None)
 
 
-def _for_timm(model: dict[str, Any]) -> dict[str, Any]:
-    """What a classifier of timm has of the model section of an LSAG."""
-    return {key: model[key] for key in TimmConfig.model_fields if key in model}
+def _sizes(model: Any) -> dict[str, Any]:
+    """What a model section says for any network: image size, channels, classes and drop-path."""
+    fields = TimmConfig.model_fields.keys() - {"timm", "arguments"}
+    return {key: value for key, value in model.items() if key in fields} if isinstance(model, dict) else {}
 
 
-def _set_by_path(values: dict[str, Any], key: str, value: Any) -> None:
+def _set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted `key` in nested tables and lists."""
     *parents, last = key.split(".")
     node: Any = values
     try:

@@ -7,7 +7,7 @@ import typer
 from lsag.config import DATASETS, ModelConfig, Preset
 from lsag.errors import UsageError
 from lsag.model.flops import Count, count, count_stages
-from lsag.presets import preset_paths
+from lsag.presets import preset_names
 from lsag_cli.options import Json, Model, Overrides, complete_preset, leaving_at_once, read_preset
 from lsag_cli.output import giga, mega, print_json, say, say_table, table
 
@@ -19,13 +19,13 @@ def flops(
     ] = None,
     model: Model = None,
     overrides: Overrides = None,
-    by_stage: Annotated[bool, typer.Option("--by-stage", help="A line for each stage.")] = False,
+    by_stage: Annotated[bool, typer.Option("--by-stage", help="One line per stage.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Count parameters, MACs and FLOPs per image, beside the paper's figures. Nothing is run."""
+    """Count parameters, MACs and FLOPs per image, next to the paper's figures. Nothing is run."""
     if model and not preset:
-        raise UsageError("--model needs --preset, whose images and classes it has", "add --preset cifar-tiny")
-    presets = [read_preset(name, overrides, model=model) for name in preset or preset_paths()]
+        raise UsageError("--model needs a --preset for its image size and classes", "add --preset cifar-tiny")
+    presets = [read_preset(name, overrides, model=model) for name in preset or preset_names()]
     if as_json:
         print_json("flops", presets=[describe(item) for item in presets])
         return
@@ -34,33 +34,30 @@ def flops(
     shown = table("preset", *headings, title="per image, one forward pass")
     for item in presets:
         paper = item.paper
-        printed = (
-            f"{paper.params_m} M" if paper and paper.params_m else "-",
-            f"{paper.gmacs} G" if paper and paper.gmacs else "-",
-        )
         if by_stage:
             for stage in [*stages_of(item), count_network(item)]:
                 shown.add_row(item.name, stage.name, *cells(stage), end_section=stage.name == "total")
         else:
-            shown.add_row(item.name, *cells(count_network(item)), *printed)
+            params = f"{paper.params_m} M" if paper and paper.params_m else "-"
+            gmacs = f"{paper.gmacs} G" if paper and paper.gmacs else "-"
+            shown.add_row(item.name, *cells(count_network(item)), params, gmacs)
     say_table(shown)
     say(
-        "plain: keys and values of every shift variant. run: the same function with them absorbed (docs/design.md).\n"
-        "FLOPs = 2 x MACs. The paper's 'GFLOPs' are MACs, and its counter counts one of the T embedding convolutions."
+        "plain: with keys and values of every shifted variant. run: the same function with their projections absorbed\n"
+        "(docs/design.md). FLOPs = 2 x MACs. The paper's 'GFLOPs' are MACs, and include only one of the T embedding "
+        "convolutions."
     )
 
 
 def presets(as_json: Json = False) -> None:
     """List the presets."""
-    loaded = [read_preset(name, None) for name in preset_paths()]
+    loaded = [read_preset(name, None) for name in preset_names()]
     if as_json:
         print_json("presets", presets=[describe(item) for item in loaded])
         return
-    headings = ("preset", "dataset", "image", "params", "MACs run", "epochs", "training")
-    shown = table(*headings)
+    shown = table("preset", "dataset", "image", "params", "MACs run", "epochs", "training")
     for item in loaded:
         total = count_network(item)
-        cost = training_flops(item, total)
         shown.add_row(
             item.name,
             item.data.dataset,
@@ -68,16 +65,15 @@ def presets(as_json: Json = False) -> None:
             mega(total.params),
             giga(total.macs_run),
             str(item.train.epochs),
-            f"{cost / 1e18:,.4f} E" if cost else "-",
+            in_words(training_flops(item, total)),
         )
     say_table(shown)
-    say(
-        "training: 3 x 2 x MACs run x images x epochs, in 10^18 FLOPs. See one with: lsag train --preset NAME --dry-run"
-    )
+    say("training: 3 x 2 x MACs run x images x epochs. See one with: lsag train --preset NAME --dry-run")
+    say("NAME-a to -e, -full, -i and -ii are the paper's ablations of any preset, such as cifar-nano-a.")
 
 
 def count_network(preset: Preset) -> Count:
-    """The whole network: ours in closed form and without torch, timm's as torch counts it."""
+    """The whole network: LSAG in closed form without torch, a timm model as torch counts it."""
     if isinstance(preset.model, ModelConfig):
         return count(preset.model)
     with leaving_at_once():
@@ -87,7 +83,7 @@ def count_network(preset: Preset) -> Count:
 
 
 def stages_of(preset: Preset) -> list[Count]:
-    """Only ours are known by their stages."""
+    """The stages of an LSAG; none for a timm model."""
     return count_stages(preset.model) if isinstance(preset.model, ModelConfig) else []
 
 
@@ -96,15 +92,21 @@ def cells(total: Count) -> tuple[str, ...]:
 
 
 def training_flops(preset: Preset, total: Count) -> float | None:
-    """A forward and twice that backward, for each image of each epoch."""
+    """A forward pass and a backward pass of twice the cost for each image of each epoch, if their number is known."""
     known = DATASETS.get(preset.data.dataset)
     return 6.0 * total.macs_run * known.train_images * preset.train.epochs if known else None
 
 
-def describe(preset: Preset) -> dict[str, object]:
-    def figures(item: Count) -> dict[str, object]:
-        return {"params": item.params, "macs": item.macs, "flops": item.flops, "macs_run": item.macs_run}
+def in_words(flops: float | None) -> str:
+    """3.6e18 -> '3.6 EFLOPs'."""
+    if flops is None:
+        return "-"
+    size, unit = next(((size, unit) for size, unit in ((1e18, "E"), (1e15, "P")) if flops >= size), (1e12, "T"))
+    return f"{flops / size:,.1f} {unit}FLOPs"
 
+
+def describe(preset: Preset) -> dict[str, object]:
+    """A preset as `--json` shows it."""
     total = count_network(preset)
     return {
         "name": preset.name,
@@ -117,3 +119,7 @@ def describe(preset: Preset) -> dict[str, object]:
         "paper": preset.paper.model_dump() if preset.paper else None,
         "stages": [{"name": stage.name, **figures(stage)} for stage in stages_of(preset)],
     }
+
+
+def figures(total: Count) -> dict[str, object]:
+    return {"params": total.params, "macs": total.macs, "flops": total.flops, "macs_run": total.macs_run}

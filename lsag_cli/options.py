@@ -6,17 +6,17 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from lsag import config
-from lsag.config import Preset
+from lsag.config import Preset, parse_overrides
 from lsag.distributed.launch import launched
 from lsag.errors import OutputError, UsageError
 from lsag.inference import providers
 from lsag.inference.providers import check_model
-from lsag.presets import load_preset, parse_override, preset_paths
+from lsag.presets import load_preset, preset_names
 from lsag_cli.output import erase_status, note, status
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def complete_preset(incomplete: str) -> list[str]:
-    return [name for name in preset_paths() if name.startswith(incomplete)]
+    return [name for name in preset_names() if name.startswith(incomplete)]
 
 
 PresetName = Annotated[
@@ -133,20 +133,10 @@ def read_preset(name: str, overrides: list[str] | None, dataset: str | None = No
     """The preset with another `dataset` or network (`model`, timm:NAME), and the `--set` options applied last."""
     if model is not None and not model.startswith("timm:"):
         raise UsageError(f"--model {model} is not timm:NAME", "choose an LSAG with --preset")
-    changes = read_overrides(overrides)
+    changes = parse_overrides(overrides or ())
     if model and "model.timm" in changes:
         raise UsageError("--model and --set model.timm name two networks", "remove one of them")
     return load_preset(name, changes, dataset=dataset, timm=model.removeprefix("timm:") if model else None)
-
-
-def read_overrides(overrides: list[str] | None) -> dict[str, Any]:
-    """The `--set` options: dotted keys with their values. UsageError for a key that is given twice."""
-    changes: dict[str, Any] = {}
-    for key, value in map(parse_override, overrides or []):
-        if key in changes:
-            raise UsageError(f"{key} is set twice", "set it once")
-        changes[key] = value
-    return changes
 
 
 def refuse_existing(out: Path, force: bool, *, source: Path | None = None, option: str = "--out") -> None:

@@ -1,10 +1,9 @@
 """lsag train --dry-run"""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-from lsag.config import DATASETS, Preset, TimmConfig
+from lsag.config import DATASETS, Preset, TimmConfig, flatten
 from lsag.errors import UsageError
 from lsag_cli.display import counted, duration
 from lsag_cli.flops import count_network
@@ -60,7 +59,7 @@ def show_plan(preset: Preset, options: TrainCommand, *, processes: int, probe: b
     if as_json:
         print_json("train", dry_run=True, preset=preset.model_dump(mode="json"), **plan)
         return
-    for key, value in flatten(preset.model_dump(mode="json")):
+    for key, value in flatten(preset.model_dump(mode="json")).items():
         say(f"{key} = {json.dumps(value)}")
     show_figures(preset, plan)
 
@@ -81,15 +80,3 @@ def show_figures(preset: Preset, plan: dict[str, Any]) -> None:
         say(f"memory           {plan['memory_bytes'] / 2**30:.2f} GiB at its peak")
         if plan["training_seconds"]:
             say(f"the training     {duration(plan['training_seconds'])}")
-
-
-def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as the dotted keys that --set takes."""
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            yield from flatten(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        for index, inner in enumerate(value):
-            yield from flatten(inner, f"{key}.{index}")
-    else:
-        yield key, value

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lsag.config import DATASETS
+from lsag.config import DATASETS, Precision, parse_overrides
 from lsag.errors import CheckError, InterruptedByUserError, OutputError, TerminatedError, UsageError
 from lsag.files import replacing, writing
 from lsag.paper.reproduce import Run, Summary, execute, markdown, plan, summarise
@@ -30,64 +30,69 @@ from lsag_cli.options import (
     Workers,
     data_dir_or_default,
     leaving_at_once,
-    read_overrides,
 )
 from lsag_cli.output import note, percent, print_json, say
 
 
 def reproduce(
-    table: Annotated[int, typer.Option(min=2, max=6, help="The paper's table; 2 is counted, the others are trained.")],
+    table: Annotated[
+        int, typer.Option(min=2, max=6, help="Number of the paper's table; 2 is counted, the others are trained.")
+    ],
     scale: Annotated[
-        Literal["nano", "full"], typer.Option(help="nano: as small as cifar-nano; full: the paper's.")
+        Literal["nano", "full"], typer.Option(help="nano: the size of cifar-nano; full: the paper's.")
     ] = "nano",
     rows: Annotated[str | None, typer.Option(metavar="A,B,...", help="Train only these rows.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, show_default="the preset's")] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Trainings of each row.")] = 3,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs.", show_default="the preset's")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Trainings per row, each with another seed.")] = 3,
     dataset: Dataset = None,
     data_dir: DataDir = None,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Runs and reports.", show_default="runs/reproduce-SCALE")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for runs and reports.", show_default="runs/reproduce-SCALE")
+    ] = None,
     device: Device = "auto",
     jobs: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Trainings at a time.", show_default="one on each GPU")
+        int | None, typer.Option(min=1, max=64, help="Trainings at a time.", show_default="one per GPU")
     ] = None,
-    accum: Annotated[int, typer.Option(min=1, help="As in lsag train.")] = 1,
-    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="As in lsag train.")] = "auto",
+    accum: Annotated[int, typer.Option(min=1, help="Gradient-accumulation steps.")] = 1,
+    precision: Annotated[
+        Precision, typer.Option(help="auto: bf16 on GPUs, fp16 on those without it, else fp32.")
+    ] = "auto",
     recompute: Recompute = "none",
     workers: Workers = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Begin whatever it costs: needed for --scale full.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and its cost.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Start at any cost; required for --scale full.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained and its cost.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train the rows of one of the paper's tables and report beside its figures. What is done is not done again."""
-    chosen = choose_rows(table, rows)
-    changes = read_overrides(overrides)
-    own = {"name", "train.seed", *(["train.epochs"] if epochs else [])}
-    if taken := sorted(own & changes.keys()):
-        raise UsageError(f"--set {taken[0]} is not for reproduce", "it has --seeds and --epochs, and names of its own")
-    if table == 2 and (rows is not None or epochs or dataset or data_dir or changes or jobs):
-        raise UsageError("table 2 is counted, and nothing is trained", "leave the other options away")
+    """Train the rows of one of the paper's tables and compare them with its figures. Finished runs are skipped."""
+    selected = select_rows(table, rows)
+    changes = parse_overrides(overrides or ())
+    for key in ("name", "train.seed", *(["train.epochs"] if epochs else [])):
+        if key in changes:
+            raise UsageError(f"--set {key} is not for reproduce", "use --seeds and --epochs; runs get their own names")
+    trained = table > 2
+    if not trained:
+        if rows is not None or epochs or dataset or data_dir or changes or jobs:
+            raise UsageError("table 2 is counted, and nothing is trained", "remove the other options")
+        scale, seeds = "full", 1
     out = out or Path("runs") / f"reproduce-{scale}"
     if not dry_run:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
     if epochs:
         changes["train.epochs"] = epochs
-    if table == 2:
-        scale, seeds = "full", 1
     runs = plan(TABLES[table], scale=scale, seeds=seeds, out=out, dataset=dataset, overrides=changes)
-    if not any(run.row in chosen for run in runs):
-        raise UsageError(f"table {table} has no such rows at the scale {scale}", "--scale full, or other --rows")
-    todo = [run for run in runs if run.row in chosen and run.top1 is None and table > 2]
-    where, hours = data_dir_or_default(data_dir), 0.0
-    if table > 2:
-        check_data(out, dataset or runs[0].preset.data.dataset, where, keep=not dry_run)
+    if not any(run.row in selected for run in runs):
+        raise UsageError(f"table {table} has no such rows at the scale {scale}", "use --scale full, or other --rows")
+    todo = [run for run in runs if trained and run.row in selected and run.top1 is None]
+    where = data_dir_or_default(data_dir)
+    if trained:
+        check_data(out, dataset or runs[0].preset.data.dataset, where, write=not dry_run)
     gpus, cores = devices_here(device) if todo else ([], 1)
-    at_a_time = min(jobs or max(1, len(gpus)), max(1, len(todo)))
-    if todo:
-        hours = state_cost(todo, device=device, data_dir=where, at_a_time=at_a_time)
+    num_jobs = min(jobs or max(1, len(gpus)), max(1, len(todo)))
+    hours = estimate_hours(todo, device=device, data_dir=where, num_jobs=num_jobs) if todo else 0.0
     if dry_run:
-        note(f"{len(todo)} trainings to do, {len(runs) - len(todo)} done or not asked for")
+        note(f"{count_of(todo)} to do, {len(runs) - len(todo)} already finished or not selected")
         if as_json:
             print_json("reproduce", dry_run=True, table=table, scale=scale, trainings=len(todo), hours=hours)
         return
@@ -99,20 +104,34 @@ def reproduce(
     trainings = execute(
         todo,
         command=command,
-        devices=[gpus[job % len(gpus)] if gpus else None for job in range(at_a_time)],
-        threads=None if gpus or at_a_time == 1 else max(1, cores // at_a_time),
+        devices=[gpus[job % len(gpus)] if gpus else None for job in range(num_jobs)],
+        threads=None if gpus or num_jobs == 1 else max(1, cores // num_jobs),
     )
+    train_and_report(trainings, runs, num_todo=len(todo), table=table, scale=scale, out=out, as_json=as_json)
+
+
+def train_and_report(
+    trainings: Generator[Run, None, None],
+    runs: list[Run],
+    *,
+    num_todo: int,
+    table: int,
+    scale: Scale,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Show each training as it ends, keep the report in `out` current, and show it. CheckError if any failed."""
     try:
         with contextlib.closing(trainings):
-            for count, run in enumerate(trainings, start=1):
+            for index, run in enumerate(trainings, start=1):
                 runs = [run if old.folder == run.folder else old for old in runs]
-                how = run.error or f"{percent(run.top1)} in {duration(run.seconds or 0)}"
-                note(f"{run.row}, seed {run.preset.train.seed}: {how} ({count} of {len(todo)})")
+                result = run.error or f"{percent(run.top1)} in {duration(run.seconds or 0)}"
+                note(f"{run.row}, seed {run.preset.train.seed}: {result} ({index} of {num_todo})")
                 report(table, runs, out, scale)
     except KeyboardInterrupt:
-        raise InterruptedByUserError("interrupted; the trainings are saved", "go on with the same command") from None
+        raise InterruptedByUserError("interrupted; the trainings are saved", "resume with the same command") from None
     except StopRequestedError:
-        raise TerminatedError("stopped; the trainings are saved", "go on with the same command") from None
+        raise TerminatedError("stopped; the trainings are saved", "resume with the same command") from None
     summaries = report(table, runs, out, scale)
     failed = [run for run in runs if run.error]
     if not as_json:
@@ -120,12 +139,16 @@ def reproduce(
     elif not failed:
         print_json("reproduce", table=table, scale=scale, rows=[asdict(item) for item in summaries])
     if failed:
-        what = f"{len(failed)} of {len(todo)} trainings failed, first {failed[0].row}: {failed[0].error}"
-        raise CheckError(what, "mend it, and give the same command again")
+        what = f"{len(failed)} of {num_todo} trainings failed, first {failed[0].row}: {failed[0].error}"
+        raise CheckError(what, "fix it, then resume with the same command")
 
 
-def choose_rows(table: int, names: str | None) -> set[str]:
-    """The names of the rows of a table, or of those that are named. UsageError for a name that is none."""
+def count_of(runs: Sequence[Run]) -> str:
+    return "1 training" if len(runs) == 1 else f"{len(runs)} trainings"
+
+
+def select_rows(table: int, names: str | None) -> set[str]:
+    """The rows of a table that `names` lists, or all of them. UsageError for a name that the table does not have."""
     known = {row.name.lower(): row.name for row in TABLES[table]}
     wanted = [name.strip() for name in names.split(",")] if names is not None else list(known)
     for name in wanted:
@@ -134,21 +157,23 @@ def choose_rows(table: int, names: str | None) -> set[str]:
     return {known[name.lower()] for name in wanted}
 
 
-def check_data(out: Path, dataset: str, data_dir: Path, *, keep: bool) -> None:
-    """OutputError if the runs in `out` had other data; with `keep`, remember which it is."""
-    path, mine = out / "data.json", {"dataset": dataset, "data_dir": str(data_dir.absolute())}
+def check_data(out: Path, dataset: str, data_dir: Path, *, write: bool) -> None:
+    """OutputError if the runs in `out` were trained on other data; with `write`, note there which data it is."""
+    path, given = out / "data.json", {"dataset": dataset, "data_dir": str(data_dir.absolute())}
     if path.is_file():
         with contextlib.suppress(ValueError):
-            theirs = json.loads(path.read_text())
-            if theirs != mine:
-                raise OutputError(f"the runs in {out} are on {theirs}", "give them theirs, or choose another --out")
-    if keep:
+            original = json.loads(path.read_text())
+            if original != given:
+                raise OutputError(
+                    f"the runs in {out} were trained on {original}", "use the same data, or choose another --out"
+                )
+    if write:
         with replacing(path) as file:
-            file.write(json.dumps(mine).encode())
+            file.write(json.dumps(given).encode())
 
 
 def devices_here(device: str) -> tuple[list[str], int]:
-    """The GPUs that trainings may be spread over, and the cores of the CPU."""
+    """The GPUs over which trainings may be spread, and the number of CPU cores."""
     with leaving_at_once():
         import torch
 
@@ -160,55 +185,57 @@ def devices_here(device: str) -> tuple[list[str], int]:
     return visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())], available_cores()
 
 
-def state_cost(todo: Sequence[Run], *, device: str, data_dir: Path, at_a_time: int) -> float:
-    """Say how many hours the trainings will take, from a few steps of each network on made-up images."""
+def estimate_hours(todo: Sequence[Run], *, device: str, data_dir: Path, num_jobs: int) -> float:
+    """Hours that the trainings will take, from a few steps of each network on made-up images; shown on stderr."""
     with leaving_at_once():
         from lsag.bench import probe
         from lsag.data.sources import open_split
         from lsag.device import choose_device
 
-    seconds, images = 0.0, {}
-    cpu = choose_device(device).type == "cpu"
-    steps: dict[str, float] = {}
+    on_cpu = choose_device(device).type == "cpu"
+    num_images: dict[str, int] = {}
+    per_image: dict[str, float] = {}  # seconds of a training step
+    seconds = 0.0
     for run in todo:
-        preset, name = run.preset, run.preset.data.dataset
-        if name not in images:
-            known = DATASETS.get(name)
-            images[name] = (
-                known.train_images if known else len(open_split(name, data_dir, train=True, mode=preset.image_mode))
+        preset, dataset = run.preset, run.preset.data.dataset
+        if dataset not in num_images:
+            known = DATASETS.get(dataset)
+            num_images[dataset] = (
+                known.train_images if known else len(open_split(dataset, data_dir, train=True, mode=preset.image_mode))
             )
-        batch = min(preset.train.batch_size, (16 if preset.model.image_size < 64 else 2) if cpu else 64)
-        if preset.name not in steps:
-            steps[preset.name] = probe(preset, device=device, slice_size=batch)[0] / batch
-            cost = steps[preset.name] * images[name] * preset.train.epochs
-            note(f"{run.row}: {preset.name}, {preset.train.epochs} epochs, about {duration(cost)} for a seed")
-        seconds += steps[preset.name] * images[name] * preset.train.epochs
-    hours = seconds / at_a_time / 3600
-    note(f"{len(todo)} trainings, about {hours:.1f} hours, without loading and evaluation")
+        images = num_images[dataset] * preset.train.epochs
+        if preset.name not in per_image:
+            fits = 64 if not on_cpu else 16 if preset.model.image_size < 64 else 2
+            batch = min(preset.train.batch_size, fits)
+            per_image[preset.name] = probe(preset, device=device, slice_size=batch)[0] / batch
+            cost = duration(per_image[preset.name] * images)
+            note(f"{run.row}: {preset.name}, {preset.train.epochs} epochs, about {cost} per seed")
+        seconds += per_image[preset.name] * images
+    hours = seconds / num_jobs / 3600
+    note(f"{count_of(todo)}, about {hours:.1f} hours, without loading and evaluation")
     return hours
 
 
 def report(table: int, runs: Sequence[Run], out: Path, scale: Scale) -> list[Summary]:
-    """Write table-N.md, .json and .png to `out`, as far as the runs are done."""
+    """Write table-N.md, .json and .png to `out` with the runs that are complete."""
     with leaving_at_once():
         from lsag.model.build import count_model
         from lsag.plots import draw_table
 
-    recipe, data = runs[0].preset.train, runs[0].preset.data
-    paper_dataset = "imagenet" if table == 4 else "cifar100" if data.dataset == "cifar100" else "cifar10"
+    recipe, dataset = runs[0].preset.train, runs[0].preset.data.dataset
     if table == 2:
-        paper_dataset = ""
+        paper_dataset, title, about = "", "Table 2", "Counted, nothing is trained."
+    else:
+        paper_dataset = "imagenet" if table == 4 else "cifar100" if dataset == "cifar100" else "cifar10"
+        title = f"Table {table} at the scale {scale}"
+        about = (
+            f"{recipe.epochs} epochs on {dataset}; top-1 after the last one, mean and standard deviation over the "
+            f"seeds. The paper's figures are for 300 epochs on {paper_dataset}. lsag {version('lsag')}, "
+            f"torch {version('torch')}, {datetime.now(UTC):%F}."
+        )
     summaries = summarise(
         TABLES[table], runs, count=lambda preset: count_model(preset.model), paper_dataset=paper_dataset
     )
-    title = f"Table {table}" + (f" at the scale {scale}" if table > 2 else "")
-    about = "Counted, nothing is trained."
-    if table > 2:
-        about = (
-            f"{recipe.epochs} epochs on {data.dataset}; top-1 after the last one, mean and standard deviation over the "
-            f"seeds. The paper's figures are of 300 epochs on {paper_dataset}. lsag {version('lsag')}, "
-            f"torch {version('torch')}, {datetime.now(UTC):%F}."
-        )
     figures = {"table": table, "scale": scale, "about": about, "rows": [asdict(item) for item in summaries]}
     for suffix, text in (
         (".md", markdown(summaries, title=title, about=about)),
@@ -217,5 +244,6 @@ def report(table: int, runs: Sequence[Run], out: Path, scale: Scale) -> list[Sum
         with replacing(out / f"table-{table}{suffix}") as file:
             file.write(text.encode())
     if any(item.top1 for item in summaries):
-        draw_table(summaries, out / f"table-{table}.png", title=title)
+        rows = [(item.name, item.top1, item.paper_top1) for item in summaries]
+        draw_table(rows, out / f"table-{table}.png", title=title)
     return summaries

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lsag import ModelConfig, Preset, load_preset
+from lsag.presets import ablations
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -48,15 +49,7 @@ def small_config(**changes: object) -> ModelConfig:
 
 
 ONE_SHIFT = [[0, 0]]
-ABLATIONS: dict[str, dict[str, object]] = {
-    "a": {"shifts": ONE_SHIFT, "local": "none"},
-    "b": {"shifts": CIFAR_SHIFTS[:9]},
-    "c": {"shifts": CIFAR_SHIFTS, "variants": "translation", "position": "shared"},
-    "d": {"shifts": CIFAR_SHIFTS, "variants": "translation"},
-    "e": {"shifts": CIFAR_SHIFTS, "position": "shared"},
-    "i": {"shifts": ONE_SHIFT, "local": "swin"},
-    "ii": {"shifts": ONE_SHIFT, "local": "cvt"},
-}
+ABLATIONS = {name: changes["model"] for name, changes in ablations().items() if name != "full"}
 """What `small_config` changes to be each ablation of the paper's Tables 5 and 6."""
 
 

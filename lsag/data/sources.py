@@ -20,7 +20,7 @@ from lsag.errors import InputError, UnavailableError, first_line
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200
 PACK_BYTES = 2**29
-"""A split whose decoded images take at most so much is held in memory by each rank, and twice while it is packed."""
+"""Every rank holds a split in memory if its decoded images take no more than this, or twice this while packing."""
 EVAL_FOLDERS = {"imagenet": ("val",), "folder": ("val", "test")}
 
 
@@ -32,13 +32,13 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call an image in a message or a table: its path, or its position."""
+        """The name of an image in messages and tables: its path or its index."""
 
     def fingerprint(self) -> str:
-        """A digest that other images, labels or another order would change; of files, their names count."""
+        """A digest of the images, their labels and their order; of files, only the names are read."""
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """The image, in mode L or RGB, and its label. InputError for one that cannot be read."""
+        """The image, in mode L or RGB, and its label. InputError for an image that cannot be read."""
 
 
 class ArraySource:
@@ -62,7 +62,7 @@ class ArraySource:
 
 
 class FolderSource:
-    """Images in one folder for each class, classes in alphabetical order; regular image files only."""
+    """Images in one folder per class, classes in alphabetical order; regular image files only."""
 
     def __init__(self, root: Path, mode: str) -> None:
         self.root, self.mode = root, mode
@@ -70,15 +70,15 @@ class FolderSource:
             self.classes, _ = datasets.folder.find_classes(root)
         except OSError as error:
             raise InputError(
-                f"{root}: {first_line(error)}", "give a folder with a folder of images for each class"
+                f"{root}: {first_line(error)}", "give a folder with one folder of images per class"
             ) from error
         self.samples: list[tuple[str, int]] = []
         for label, name in enumerate(self.classes):
-            # Links to folders are not followed: they may lead in circles, or count images twice.
+            # Links to folders are not followed: they may form a circle, or count images twice.
             paths = [Path(folder, file) for folder, _, files in os.walk(root / name) for file in files]
             images = sorted(str(path) for path in paths if self._is_image(path))
             if not images:
-                raise InputError(f"{root / name} holds no images", "remove it, or put images into it")
+                raise InputError(f"{root / name} has no images", "remove it, or add images")
             self.samples += [(path, label) for path in images]
 
     @staticmethod
@@ -99,13 +99,13 @@ class FolderSource:
         return open_image(Path(path), self.mode), label
 
     def packed(self) -> Source:
-        """The same source with its images decoded in memory, or itself where they would take more than PACK_BYTES.
+        """This source with its images decoded in memory, or itself if they would take more than PACK_BYTES.
 
         InputError for an image that cannot be read.
         """
         room = PACK_BYTES // 4
         for path, _ in self.samples:
-            with suppress(OSError):  # what cannot be read is told when it is
+            with suppress(OSError):  # an unreadable image is reported when it is loaded
                 room -= Path(path).stat().st_size
             if room < 0:
                 return self
@@ -121,7 +121,7 @@ class FolderSource:
 
 
 class _PackedSource:
-    """The decoded images of a folder in one array, which forked workers share, each with its place and shape in it."""
+    """The decoded images of a folder in one array, which forked workers share, with the start and shape of each."""
 
     def __init__(self, source: FolderSource, images: Sequence[np.ndarray]) -> None:
         self.source, self.classes = source, source.classes
@@ -142,7 +142,7 @@ class _PackedSource:
 def open_image(path: Path, mode: str) -> Image.Image:
     """Decode an image file upright into `mode` ("L" or "RGB"); 16-bit greys are scaled, not clipped.
 
-    InputError for what is no regular file, no image, damaged, or larger than 50 megapixels.
+    InputError for anything that is not a regular file, not an image, damaged, or larger than 50 megapixels.
     """
     try:
         if not path.is_file():
@@ -159,16 +159,17 @@ def open_image(path: Path, mode: str) -> Image.Image:
             if upright.mode.startswith("I"):
                 upright = Image.fromarray((np.asarray(upright).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
             return upright.convert(mode)
-    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+    except Exception as error:  # decoders raise anything on damaged files
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
         raise InputError(f"cannot read image {path}: {reason}", "repair or remove the file") from error
 
 
 def open_split(dataset: str, data_dir: Path, *, train: bool, mode: str, download: bool = True) -> Source:
-    """One split of a dataset: `digits`, `cifar10`, `cifar100`, `imagenet` or `folder`, as images in `mode` L or RGB.
+    """One split of `digits`, `cifar10`, `cifar100`, `imagenet` or `folder`, with images in `mode` L or RGB.
 
-    `digits` needs no files; CIFAR is downloaded into `data_dir` where it is absent and `download` allows;
-    `imagenet` and `folder` are `data_dir`/train and `data_dir`/val (or test), each with one folder per class.
+    `digits` needs no files. CIFAR is downloaded into `data_dir` if it is missing and `download` is true. `imagenet` and
+    `folder` are `data_dir`/train and `data_dir`/val (or test for `folder`), each with one folder per class.
+    UsageError for another dataset, InputError for missing or wrong files, UnavailableError for a failed download.
     """
     check_dataset(dataset)
     if dataset == "digits":
@@ -178,21 +179,20 @@ def open_split(dataset: str, data_dir: Path, *, train: bool, mode: str, download
     names = ("train",) if train else EVAL_FOLDERS[dataset]
     root = next((data_dir / name for name in names if (data_dir / name).is_dir()), None)
     if root is None:
-        wanted = " or ".join(f"{data_dir / name}" for name in names)
-        raise InputError(
-            f"{dataset} is not at {data_dir}: there is no {wanted}", "point --data-dir or $LSAG_DATA at it"
-        )
+        kind = "image folder" if dataset == "folder" else dataset
+        expected = " or ".join(f"{data_dir / name}/CLASS/" for name in names)
+        raise InputError(f"no {kind} in {data_dir}/: expected {expected}", "set --data-dir or $LSAG_DATA")
     source = FolderSource(root, mode)
     if dataset in DATASETS and len(source.classes) != DATASETS[dataset].num_classes:
         raise InputError(
-            f"{root} has {len(source.classes)} class folders, {dataset} has {DATASETS[dataset].num_classes}",
+            f"{root} has {len(source.classes)} class folders, but {dataset} has {DATASETS[dataset].num_classes}",
             "use --dataset folder for other images",
         )
     return source
 
 
 def _digits(train: bool, mode: str) -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8, 16 greys; a fixed, stratified fifth is held out."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 in 16 greys; a fixed, stratified fifth is held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -212,20 +212,18 @@ def _cifar(dataset: str, data_dir: Path, mode: str, *, train: bool, download: bo
     try:
         files = kind(str(data_dir), train=train)
     except RuntimeError as error:
-        found = data_dir / kind.base_folder
-        state = "is damaged at" if found.exists() else "is not at"
+        folder = data_dir / kind.base_folder
+        problem = f"{dataset} is damaged in {folder}" if folder.exists() else f"no {dataset} in {folder}"
         if not download:
-            raise InputError(
-                f"{dataset} {state} {found}", "allow the download, or put the extracted archive there"
-            ) from error
+            raise InputError(problem, "allow the download, or put the extracted archive there") from error
         existed = data_dir.exists()
         try:
             files = kind(str(data_dir), train=train, download=True)
-        except Exception as failure:  # urllib, tarfile and torchvision each raise their own
+        except Exception as failure:  # urllib, tarfile and torchvision raise their own errors
             if not existed and data_dir.is_dir() and not any(data_dir.iterdir()):
                 data_dir.rmdir()
             raise UnavailableError(
-                f"{dataset} {state} {found} and could not be downloaded: {first_line(failure)}",
+                f"{problem}, and it could not be downloaded: {first_line(failure)}",
                 f"fetch {kind.url} by hand and extract it into {data_dir}",
             ) from failure
     return ArraySource(files.data, files.targets, files.classes, mode)
@@ -238,24 +236,24 @@ def _digest(*parts: object) -> str:
     return digest.hexdigest()
 
 
-def unnamed_classes(count: int) -> tuple[str, ...]:
-    """Names for the classes of a model that came without any."""
-    return tuple(f"unnamed class {index}" for index in range(count))
+def placeholder_classes(num_classes: int) -> tuple[str, ...]:
+    """Class names for a model that came without any."""
+    return tuple(f"unnamed class {index}" for index in range(num_classes))
 
 
 def check_classes(expected: Sequence[str], found: Sequence[str], *, what: str, where: str) -> None:
-    """InputError with the first differences unless both name the same classes in the same order.
+    """InputError with the first differences unless both have the same classes in the same order.
 
-    Of unnamed classes only the number counts.
+    For placeholder names only the number of classes is compared.
     """
     if len(expected) != len(found):
         raise InputError(
-            f"{what} has {len(expected)} classes, {where} has {len(found)}", "choose data of the same classes"
+            f"{what} has {len(expected)} classes, {where} has {len(found)}", "choose data with the same classes"
         )
-    if tuple(expected) == unnamed_classes(len(expected)):
+    if tuple(expected) == placeholder_classes(len(expected)):
         return
     different = [f"{i}: {a!r} against {b!r}" for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b]
     if different:
         raise InputError(
-            f"classes of {what} and of {where} differ: {', '.join(different[:5])}", "choose data of the same classes"
+            f"the classes of {what} and {where} differ: {', '.join(different[:5])}", "choose data with the same classes"
         )

@@ -73,8 +73,8 @@ def explain(classifier: Classifier, image: Image.Image, *, point: tuple[int, int
     with autocast(classifier.device, autocast_dtype(classifier.device, classifier.precision)):
         images = classifier.normalize(pixels[None].to(classifier.device))
         embed, first, side = model.embed, model.stages[0], config.grid_sizes[0]
-        variants = first.norm1(embed(embed.canvas(images), embed.pos, embed.matrices()))  # type: ignore[operator]
-        weights = first.blocks[0].attn.weights(variants)  # type: ignore[union-attr, index]
+        variants = first.norm1(embed(images))  # type: ignore[operator]
+        weights = first.blocks[0].attn.attention_weights(variants)  # type: ignore[union-attr, index]
         local = weights[0].permute(1, 2, 0).unflatten(2, (side, side)).float().cpu()
         for stage, side in zip(model.stages, config.grid_sizes, strict=True):
             last = stage.blocks[-1].attn  # type: ignore[union-attr, index]
@@ -82,7 +82,7 @@ def explain(classifier: Classifier, image: Image.Image, *, point: tuple[int, int
                 stages.append(None)
                 continue
             token = y * side // config.image_size * side + x * side // config.image_size
-            stages.append(last.weights(inputs[last], token)[0].unflatten(1, (side, side)).float().cpu())
+            stages.append(last.attention_weights(inputs[last], token)[0].unflatten(1, (side, side)).float().cpu())
     best = probabilities.topk(min(3, len(classifier.classes)))
     names = [classifier.classes[index] for index in best.indices]
     classes = tuple(zip(names, best.values.tolist(), strict=True))

@@ -1,11 +1,10 @@
 """The network that a configuration describes: LSAG, or a classifier of timm under the same recipe."""
 
-import ast
 import copy
 import re
+from collections.abc import Mapping
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,118 +24,108 @@ ARGUMENTS = {
 
 
 def build_model(config: ModelConfig | TimmConfig) -> nn.Module:
-    """The network with random weights; it takes (B, in_channels, image_size, image_size), gives (B, num_classes).
+    """The network with random weights: (B, in_channels, image_size, image_size) -> logits (B, num_classes).
 
-    UsageError for a classifier of timm that does not exist, or does not take such images.
+    UsageError if timm has no such classifier, or if it does not accept such images.
     """
     if isinstance(config, ModelConfig):
         return LSAG(config)
-    with torch.device("meta"):  # shapes alone, and no memory
-        _try(timm_model(config.timm, config).eval(), config, batch=1)
-    return timm_model(config.timm, config)
+    with torch.device("meta"):  # only shapes, without memory
+        _logits(timm_model(config.timm, config.arguments, config).eval(), config, batch=1)
+    return timm_model(config.timm, config.arguments, config)
 
 
 def check_training(config: ModelConfig | TimmConfig, *, slice_size: int, recompute: Recompute = "none") -> None:
-    """UsageError, at once and without any memory, for a classifier of timm that cannot be trained in this way."""
+    """UsageError if a timm classifier cannot be trained like this; checked without data or memory."""
     if isinstance(config, ModelConfig):
         return
     with torch.device("meta"):
         model = build_model(config).train()
-        _try(model, config, batch=slice_size).sum().backward()
+        _logits(model, config, batch=slice_size).sum().backward()
         set_recompute(model, recompute)
-    idle = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
-    if idle:
-        raise UsageError(f"timm:{config.timm} has weights that its logits do not depend on, as {idle[0]}", "another")
+    unused = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+    if unused:
+        raise UsageError(f"timm:{config.timm}: the logits do not depend on {unused[0]}", "choose another model")
 
 
-def _try(model: nn.Module, config: TimmConfig, *, batch: int) -> Tensor:
-    """The logits (B, num_classes) of `batch` images; UsageError if there are none."""
+def _logits(model: nn.Module, config: TimmConfig, *, batch: int) -> Tensor:
+    """The logits (batch, num_classes) of empty images; UsageError if the model does not give any."""
     try:
         logits = model(torch.zeros(batch, *image_shape(config)))
-    except Exception as error:  # networks of any author
-        mode = f"be trained on {batch} at a time" if model.training else "be used"
+    except Exception as error:  # timm's networks raise whatever they like
+        use = f"be trained on {batch} at a time" if model.training else "be used"
         raise UsageError(
-            f"timm:{config.timm} cannot {mode} with images of {config.image_size} x {config.image_size} pixels: "
+            f"timm:{config.timm} cannot {use} with images of {config.image_size} x {config.image_size} pixels: "
             f"{first_line(error)[:150]}",
             "choose patches or windows that fit (timm:NAME,patch_size=2), or --set model.image_size",
         ) from error
     if not isinstance(logits, Tensor) or logits.shape != (batch, config.num_classes):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        what = f"timm:{config.timm} gives {got}{' in training' if model.training else ''}"
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        what = f"timm:{config.timm} gives {found}{' in training' if model.training else ''}"
         raise UsageError(f"{what}, not logits {(batch, config.num_classes)}", "choose a classifier with one output")
     return logits
 
 
-def timm_model(spec: str, config: TimmConfig | None = None) -> nn.Module:
-    """timm's model or class for `NAME[,KEY=VALUE...]` with random weights, and of the sizes of `config`.
+def timm_model(name: str, arguments: Mapping[str, Any], config: TimmConfig | None = None) -> nn.Module:
+    """A timm model, or model class, with these arguments, random weights and the sizes of `config`.
 
-    Networks of convolutions have no image size and are not given one. UsageError for all else that does not fit.
+    Convolutional networks do not take an image size and are not given one. UsageError for anything that does not fit.
     """
-    name, own = read_spec(spec)
-    given = {key: getattr(config, field) for key, field in ARGUMENTS.items()} if config else {}
-    for key in own:
-        if key in given:
-            raise UsageError(f"timm:{spec}: {key} is a setting of the preset", f"--set model.{ARGUMENTS[key]}=...")
-    while True:
-        try:
-            made = _class(name)
-            return made(**given, **own) if made else timm.create_model(name, **given, **own)
-        except Exception as error:  # networks of any author
-            missing = re.search(r"unexpected keyword argument '(img_size|drop_path_rate)'", str(error))
-            if missing and missing[1] == "img_size" and own.pop("img_size", None):
-                continue  # it then is the size of the images alone
-            if not missing or missing[1] not in given:
-                raise UsageError(f"timm:{spec}: {first_line(error)[:200]}", "write timm:NAME,KEY=VALUE") from error
-            if given.pop(missing[1]) and missing[1] == "drop_path_rate":
-                raise UsageError(f"timm:{spec} has no drop-path", "--set model.drop_path=0.0") from error
+    import timm
 
-
-def read_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """`NAME[,KEY=VALUE...]` -> the name of a model or class of timm, and its arguments. UsageError if it is none."""
-    name, *settings = split_settings(spec)
-    if not timm.is_model(name) and not _class(name):
+    make = _model_class(name)
+    if not make and not timm.is_model(name):
         near = ", ".join((timm.list_models(f"{name}*") or timm.list_models(f"*{name}*"))[:3])
         raise UsageError(f"timm has no model '{name}'", f"use one of: {near}" if near else "see timm.list_models()")
-    pairs = [setting.partition("=")[::2] for setting in settings]
-    if any(key.startswith(("pretrained", "checkpoint")) for key, _ in pairs):
-        raise UsageError(f"timm:{spec}: its models have random weights here", "leave pretrained away")
-    if len(dict(pairs)) < len(pairs):
-        raise UsageError(f"timm:{spec} has an argument twice", "give it once")
-    values = {}
-    for key, value in pairs:
+    sizes = {key: getattr(config, field) for key, field in ARGUMENTS.items()} if config else {}
+    given = {key: _tuples(value) for key, value in arguments.items()}
+    for key in given:
+        if key.startswith(("pretrained", "checkpoint")):
+            raise UsageError(
+                f"timm:{name}: {key}={given[key]} is not supported", "remove it; models start with random weights"
+            )
+        if key in sizes:
+            raise UsageError(f"timm:{name}: {key} is a setting of the preset", f"--set model.{ARGUMENTS[key]}=...")
+    while True:
         try:
-            values[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            what = f"timm:{spec[:150]}: the value of {key} is no number, text or list"
-            raise UsageError(what, "write timm:NAME,KEY=VALUE") from error
-    return name, values
+            return make(**sizes, **given) if make else timm.create_model(name, **sizes, **given)
+        except Exception as error:  # timm's networks raise whatever they like
+            missing = re.search(r"unexpected keyword argument '(img_size|drop_path_rate)'", str(error))
+            if missing and missing[1] == "img_size" and given.pop("img_size", None):
+                continue  # it is the size of the images only
+            if not missing or missing[1] not in sizes:
+                raise UsageError(f"timm:{name}: {first_line(error)[:200]}", "write timm:NAME,KEY=VALUE") from error
+            if sizes.pop(missing[1]) and missing[1] == "drop_path_rate":
+                raise UsageError(f"timm:{name} has no drop-path", "--set model.drop_path=0.0") from error
 
 
-def _class(name: str) -> Any:
-    """timm's class of that name: some of its models, as nest_tiny, have widths that only their class lets choose."""
+def _model_class(name: str) -> Any:
+    """timm's class of that name: the widths of some models, such as nest_tiny, can be chosen only through the class."""
+    import timm
+
     found = getattr(timm.models, name, None)
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
-def split_settings(spec: str) -> list[str]:
-    """'a,b=[1,2],c=3' -> ['a', 'b=[1,2]', 'c=3']."""
-    return re.split(r",(?=[\w.]+=)", spec)
+def _tuples(value: Any) -> Any:
+    """timm takes tuples where TOML has lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def set_recompute(model: nn.Module, recompute: Recompute) -> None:
-    """Keep less for the backward, and compute the local block ("local") or all blocks once more instead.
+    """Save memory: keep less for the backward pass, and run the local block ("local") or all blocks once more instead.
 
-    UsageError if the network cannot.
+    UsageError if the network cannot do so.
     """
     if isinstance(model, LSAG):
         model.set_grad_checkpointing(recompute != "none", local_only=recompute == "local")
     elif recompute == "local":
-        raise UsageError("--recompute local is for the local block, which LSAG alone has", "use --recompute all")
+        raise UsageError("--recompute local is for LSAG only; timm models have no local block", "use --recompute all")
     elif recompute == "all":
         try:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         except (AttributeError, AssertionError) as error:
-            raise UsageError(f"timm's {type(model).__name__} cannot recompute", "leave --recompute away") from error
+            raise UsageError(f"timm's {type(model).__name__} cannot recompute", "remove --recompute") from error
 
 
 def image_shape(config: ModelConfig | TimmConfig) -> tuple[int, int, int]:
@@ -145,7 +134,7 @@ def image_shape(config: ModelConfig | TimmConfig) -> tuple[int, int, int]:
 
 
 def count_model(config: ModelConfig | TimmConfig) -> Count:
-    """The parameters and MACs: of LSAG in closed form, else as torch counts them."""
+    """Parameters and MACs: LSAG's in closed form, timm's as torch counts them."""
     if isinstance(config, ModelConfig):
         return count(config)
     with torch.device("meta"):
@@ -157,7 +146,7 @@ def count_model(config: ModelConfig | TimmConfig) -> Count:
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Multiply-accumulates of matrix products and convolutions in a forward pass of one image, as torch counts them.
 
-    On the meta device, since fused attention on a CPU counts as nothing.
+    Counted on the meta device, because torch does not count fused attention on a CPU.
     """
     copied = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -1,23 +1,23 @@
-"""The rows of the paper's tables as data: which model each is, and the figures that the paper prints for it."""
+"""The rows of the paper's tables as data: which model each row is, and the paper's figures for it."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lsag.config import Preset
-from lsag.presets import load_preset
+from lsag.presets import ABLATED, load_preset
 
 Scale = Literal["nano", "full"]
 NANO = "cifar-nano"
-"""The preset whose size and recipe the small scale has."""
+"""The preset that gives the small scale its size and recipe."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: the network of `preset`, or timm's `timm` under the preset's recipe.
+    """A line of a table: the network of `preset`, or the timm model `timm` (NAME[,KEY=VALUE...]) under its recipe.
 
-    `nano` is what stands for it at the small scale: of ours a preset that is put on NANO, else a model of timm; None
-    where there is nothing. The paper's figures are those of a baseline, our presets have them themselves; `top1` is in
-    percent, by dataset.
+    `nano` replaces it at the small scale: a preset for one of ours, a timm model for a baseline; None where there is
+    nothing. The other figures are the paper's for a baseline, while our presets contain them; `top1` is in percent, by
+    dataset.
     """
 
     name: str
@@ -28,28 +28,30 @@ class Row:
     images_per_second: float | None = None
     top1: dict[str, float] = field(default_factory=dict)
     image_size: int | None = None
-    """Where a baseline takes another than the preset's."""
+    """Image size of a baseline, where it is not the preset's."""
 
     def at(self, scale: Scale, *, dataset: str | None, overrides: dict[str, Any]) -> Preset | None:
         """The model and its training at that scale; None where there is none."""
         small = scale == "nano"
         if small and self.nano is None:
             return None
-        if self.timm:
-            preset, network = (NANO, self.nano) if small else (self.preset, self.timm)
-            own: dict[str, Any] = {"name": f"{preset}-{self.name.lower()}"}
-            own |= {"model.image_size": self.image_size} if self.image_size else {}
-            return load_preset(preset, own | overrides, dataset=dataset, timm=network)
-        return load_preset(
-            self.nano if small and self.nano else self.preset, overrides, dataset=dataset, base=NANO if small else None
-        )
+        if not self.timm:
+            return load_preset(self.nano if small and self.nano else self.preset, overrides, dataset=dataset)
+        preset, timm = (NANO, self.nano) if small else (self.preset, self.timm)
+        own: dict[str, Any] = {"name": f"{preset}-{self.name.lower()}"}
+        own |= {"model.image_size": self.image_size} if self.image_size else {}
+        return load_preset(preset, own | overrides, dataset=dataset, timm=timm)
 
     def printed(self) -> tuple[float | None, float | None, dict[str, float]]:
-        """What the paper prints: parameters in millions, images per second, top-1 in percent by dataset."""
+        """The paper's figures: parameters in millions, images per second, top-1 in percent by dataset."""
         if self.timm:
             return self.params_m, self.images_per_second, self.top1
         paper = load_preset(self.preset).paper
         return (paper.params_m, paper.images_per_second, paper.top1) if paper else (None, None, {})
+
+
+def _ablation(name: str) -> Row:
+    return Row(name, f"{ABLATED}-{name.lower()}", nano=f"{NANO}-{name.lower()}")
 
 
 def _cifar(
@@ -65,20 +67,21 @@ def _imagenet(
 
 
 def _nest(dim: int) -> str:
-    """NesT for CIFAR: pixels as patches, four levels of three blocks, one width. Counts 6 to 13 % above the paper's."""
-    dims, heads = (",".join([str(number)] * 4) for number in (dim, dim // 64))
-    return f"Nest,patch_size=1,num_levels=4,embed_dims=({dims}),num_heads=({heads}),depths=(3,3,3,3)"
+    """NesT for CIFAR: single pixels as patches, four levels of three blocks, all of width `dim`."""
+    heads = dim // 64
+    dims, num_heads, depths = (str([number] * 4).replace(" ", "") for number in (dim, heads, 3))
+    return f"Nest,patch_size=1,num_levels=4,embed_dims={dims},num_heads={num_heads},depths={depths}"
 
 
-# The small baselines have the parameters of Full at that size, 0.90 M, within 8 %. Their patches are of 2 pixels as
-# there; DeiT's are of 4, as its attention over all 256 tokens in every block would take five times as long.
+# The small baselines have about as many parameters as Full at that size, and patches of 2 pixels like it; DeiT's are of
+# 4 pixels, because attention over all 256 tokens in every block would be slow (docs/baselines.md).
 _NANO_DEIT = "deit_tiny_patch16_224,patch_size=4,embed_dim=96,depth=8,num_heads=3"
-_NANO_SWIN = "swin_tiny_patch4_window7_224,patch_size=2,window_size=4,embed_dim=32,depths=(2,2,4),num_heads=(2,2,4)"
-_NANO_NEST = "Nest,patch_size=2,num_levels=3,embed_dims=(32,64,128),num_heads=(2,2,4),depths=(2,2,3)"
+_NANO_SWIN = "swin_tiny_patch4_window7_224,patch_size=2,window_size=4,embed_dim=32,depths=[2,2,4],num_heads=[2,2,4]"
+_NANO_NEST = "Nest,patch_size=2,num_levels=3,embed_dims=[32,64,128],num_heads=[2,2,4],depths=[2,2,3]"
 _SWIN = "swin_{}_patch4_window7_224,patch_size=1,window_size=4"
 
 _NEST_T = _cifar("NesT-T", _nest(192), 6.2, 627.9, 96.04, 78.69, _NANO_NEST)
-_FULL = Row("Full", "cifar-tiny", nano="cifar-tiny-full")
+_FULL = Row("Full", "cifar-tiny", nano=f"{NANO}-full")
 
 TABLES: dict[int, tuple[Row, ...]] = {
     2: tuple(Row(name, name) for name in ("cifar-tiny", "cifar-small", "cifar-base", "in1k-tiny", "in1k-small")),
@@ -97,7 +100,7 @@ TABLES: dict[int, tuple[Row, ...]] = {
         _cifar("NesT-B", _nest(768), 90.1, 189.8, 97.20, 82.56),
         Row("Our-B", "cifar-base"),
         Row("Our-S", "cifar-small"),
-        Row("Our-T", "cifar-tiny", nano="cifar-tiny-full"),
+        Row("Our-T", "cifar-tiny", nano=f"{NANO}-full"),
     ),
     4: (
         _imagenet("ResNet-50", "resnet50", 25, 1226.1, 76.2),
@@ -115,10 +118,10 @@ TABLES: dict[int, tuple[Row, ...]] = {
         Row("Our-S", "in1k-small"),
         Row("Our-T", "in1k-tiny"),
     ),
-    5: (_NEST_T, *(Row(name.upper(), f"cifar-tiny-{name}", nano=f"cifar-tiny-{name}") for name in "abcde"), _FULL),
-    6: (*(Row(name.upper(), f"cifar-tiny-{name}", nano=f"cifar-tiny-{name}") for name in ("i", "ii")), _FULL),
+    5: (_NEST_T, *map(_ablation, "ABCDE"), _FULL),
+    6: (*map(_ablation, ("I", "II")), _FULL),
 }
-"""The rows that this project and timm have; docs/baselines.md says which are missing, and what differs.
+"""The rows that lsag and timm can train; docs/baselines.md says which are missing, and what differs.
 
-The last row is the measure of the others.
+The other rows are compared with the last one.
 """

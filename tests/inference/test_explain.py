@@ -39,7 +39,7 @@ def test_weights_give_the_outputs(checkpoint):
             group = attention.num_heads // attention.num_kv_heads
             if isinstance(attention, LocalAttention):
                 x = torch.randn(2, 6, 5, dim)
-                weights = attention.weights(x)  # (B, N, H, T)
+                weights = attention.attention_weights(x)  # (B, N, H, T)
                 values = attention.kv(x).unflatten(-1, (2, attention.num_kv_heads, -1))[..., 1, :, :]
                 values = values.repeat_interleave(group, dim=3)  # (B, N, T, H, d)
                 out = torch.einsum("bnht,bnthd->bnhd", weights, values).flatten(2)
@@ -47,7 +47,7 @@ def test_weights_give_the_outputs(checkpoint):
             else:
                 assert isinstance(attention, GlobalAttention)
                 x = torch.randn(2, 6, dim)
-                weights = attention.weights(x, 4)  # (B, H, N)
+                weights = attention.attention_weights(x, 4)  # (B, H, N)
                 values = attention.kv(x).unflatten(-1, (2, attention.num_kv_heads, -1))[:, :, 1]
                 out = torch.einsum("bhn,bnhd->bhd", weights, values.repeat_interleave(group, dim=2)).flatten(1)
                 torch.testing.assert_close(attention.proj(out), attention(x)[:, 4], rtol=1e-4, atol=1e-4)
@@ -61,7 +61,7 @@ def test_the_shares_are_those_of_the_variants_that_the_model_sees(checkpoint, pi
     pixels = torch.from_numpy(found.pixels).permute(2, 0, 1)[None]
     with torch.inference_mode():
         checkpoint.model(Normalize(checkpoint.preset.data)(pixels))
-        expected = block.attn.weights(seen[0])[0]  # (N, H, T)
+        expected = block.attn.attention_weights(seen[0])[0]  # (N, H, T)
     torch.testing.assert_close(found.local, expected.permute(1, 2, 0).unflatten(2, (12, 12)))
 
 

@@ -13,7 +13,7 @@ from lsag.errors import CheckError, UsageError
 from lsag.inference.export import checked_batches, export_onnx, made_up_images
 from lsag.inference.providers import OPSETS
 from lsag.inference.session import Session
-from lsag.presets import preset_paths
+from lsag.presets import preset_names
 from tests.conftest import ABLATIONS, randomise, small_config
 
 
@@ -163,7 +163,7 @@ def test_models_of_table_2_export(tmp_path, name, changes, opset, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", OPSETS)
-@pytest.mark.parametrize("name", preset_paths())
+@pytest.mark.parametrize("name", preset_names())
 def test_presets_export(tmp_path, name, opset):
     done = export_onnx(random_checkpoint(load_preset(name)), tmp_path / "a.onnx", opset=opset)
     assert done.max_difference < 1e-4 and done.opset == opset

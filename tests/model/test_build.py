@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from lsag import load_preset
 from lsag.checkpoint import load_checkpoint, random_checkpoint, save_checkpoint, save_safetensors
+from lsag.config import parse_spec
 from lsag.errors import CheckError, InputError, UsageError
 from lsag.hub import Classifier
 from lsag.inference.explain import explain
@@ -63,7 +64,11 @@ def test_drop_path_is_the_preset_s_even_where_timm_has_another():
         ("resnet10", {}, "timm has no model 'resnet10' — use one of: .*resnet10t"),
         ("resnet10t,colour=3", {}, "unexpected keyword argument 'colour'"),
         ("resnet10t,num_classes=3", {}, "num_classes is a setting of the preset — --set model.num_classes="),
-        ("resnet10t,pretrained=True", {}, "random weights"),
+        (
+            "resnet10t,pretrained=True",
+            {},
+            "pretrained=True is not supported — remove it; .* random weights",
+        ),
         ("resnet10t,checkpoint_path='x'", {}, "random weights"),
         ("resnet10t,stem_width=x", {}, "resnet10t"),
         ("resnet10t,stem_width=8,stem_width=9", {}, "twice"),
@@ -74,14 +79,14 @@ def test_drop_path_is_the_preset_s_even_where_timm_has_another():
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_read_or_written(tmp_path, spec, changes, words):
-    preset = load_preset("cifar-tiny", changes, timm=spec)
     with pytest.raises(UsageError, match=words):
+        preset = load_preset("cifar-tiny", changes, timm=spec)
         next(train(preset, TrainOptions(data_dir=tmp_path / "absent", out=tmp_path / "run", download=False)))
     assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_trained_in_this_way_is_refused():
-    with pytest.raises(UsageError, match="which LSAG alone has — use --recompute all"):
+    with pytest.raises(UsageError, match=r"is for LSAG only.* — use --recompute all"):
         check_training(cifar("resnet10t").model, slice_size=2, recompute="local")
     with pytest.raises(UsageError, match="cannot recompute"):
         check_training(cifar("vgg11", model__drop_path=0.0).model, slice_size=2, recompute="all")
@@ -143,7 +148,7 @@ def test_counts_are_those_of_timm_s_model():
 
 
 def test_recomputation_is_timm_s():
-    model = timm_model(DEIT)
+    model = timm_model(*parse_spec(DEIT))
     set_recompute(model, "all")
     assert model.grad_checkpointing is True
 
@@ -254,7 +259,7 @@ FIRST = "tuned/step-0000000000.pt"
     ("arguments", "words"),
     [
         (["train", "--model", "resnet18"], ["--model resnet18 is not timm:NAME"]),
-        (["train", "--model", "timm:test_resnet", "--recompute", "local", "--dry-run"], ["which LSAG alone has"]),
+        (["train", "--model", "timm:test_resnet", "--recompute", "local", "--dry-run"], ["is for LSAG only"]),
         (["train", "--model", "timm:inception_v3", "--dry-run", "--set", "model.drop_path=0.0"], ["8 x 8 pixels"]),
         (["train", "--model", "timm:test_resnet", "--set", "model.depth=3", "--dry-run"], ["unknown key model.depth"]),
         (["flops", "--model", "timm:test_resnet"], ["--model needs --preset"]),
@@ -296,7 +301,7 @@ def test_the_page_has_every_baseline_of_the_tables(row):
 
 def test_a_baseline_goes_through_the_folder_of_the_hub(tmp_path):
     """Swin has index tables that are in no file."""
-    spec = "swin_tiny_patch4_window7_224,patch_size=2,window_size=4,embed_dim=32,depths=(2,2,2),num_heads=(2,2,4)"
+    spec = "swin_tiny_patch4_window7_224,patch_size=2,window_size=4,embed_dim=32,depths=[2,2,2],num_heads=[2,2,4]"
     made = Classifier.of(random_checkpoint(load_preset("cifar-nano", timm=spec)))
     made.save_pretrained(tmp_path)
     found = Classifier.from_pretrained(tmp_path).eval()

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lsag import LSAG, load_preset
 from lsag.model.flops import count, count_stages
-from lsag.presets import preset_paths
+from lsag.presets import preset_names
 from tests.conftest import ABLATIONS, ROOT, small_config
 
 COUNTED = {
@@ -57,7 +57,7 @@ def test_ablations_have_the_parameters_of_table_5(name):
     assert printed is None or round(params / 1e6, 1) == preset.paper.params_m == printed
 
 
-CONFIGS = {name: load_preset(name).model for name in preset_paths()} | {"small": small_config()}
+CONFIGS = {name: load_preset(name).model for name in preset_names()} | {"small": small_config()}
 CONFIGS |= {f"small {name}": small_config(**changes) for name, changes in ABLATIONS.items()}
 CONFIGS |= {
     f"{name} on {size} x {size}": small_config(image_size=size, **ABLATIONS[name])

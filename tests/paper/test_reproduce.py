@@ -223,7 +223,7 @@ def test_a_table_from_the_command_line(lsag, folder):
     assert again.returncode == 0 and "(2 of 2)" in again.stderr, again.stderr
     assert {path: path.stat().st_mtime for path in before} == before
     elsewhere = lsag("reproduce", "--table=5", *TINY_RUN, "--data-dir", folder / "train", cwd=folder)
-    assert_refused(elsewhere, 6, "the runs in out are on", "another --out")
+    assert_refused(elsewhere, 6, "the runs in out were trained on", "another --out")
     rows = json.loads(again.stdout)["rows"]
     assert [len(row["top1"]) for row in rows] == [0, 2, 0, 0, 0, 0, 2]
 
@@ -275,7 +275,7 @@ def test_a_failed_training_is_an_error_also_as_json(lsag, folder):
 def test_the_papers_setting_states_its_cost_and_waits_for_yes(lsag, tmp_path):
     done = lsag("reproduce", "--table=6", "--scale=full", "--rows=I", "--seeds=1", "--device=cpu", "--out=out")
     lines = done.stderr.splitlines()
-    assert done.returncode == 2 and "add --yes" in lines[-1] and "1 trainings, about" in lines[-2]
+    assert done.returncode == 2 and "add --yes" in lines[-1] and "1 training, about" in lines[-2]
     assert not [*tmp_path.glob("out/*/")]
 
 
