@@ -36,7 +36,7 @@ def train_transform(preset: Preset) -> Any:
 
 
 def eval_transform(preset: Preset) -> Any:
-    """PIL image -> uint8 (C, size, size): the shorter side resized to `eval_resize`, then a centre crop."""
+    """PIL image -> uint8 (C, size, size), upright by its EXIF data: shorter side to `eval_resize`, centre crop."""
     size = preset.model.image_size
     return transforms.Compose(
         [
