@@ -1,4 +1,4 @@
-"""How the cost of an image grows with the variants, the size of the image and the batch.
+"""How the cost of an image grows with the number of variants, the image size and the batch size.
 
 python benchmarks/growth.py --plot docs/images/growth.png
 """
@@ -16,10 +16,10 @@ SHIFTS = [list(shift) for shift in load_preset("cifar-tiny").model.shifts]
 
 
 def measure(rounds: int) -> dict[str, list[tuple[float, Result]]]:
-    """For each panel its points: the number on the axis, and what was measured there."""
+    """The points of each panel: the number on the axis, and what was measured there."""
 
-    def points(specs: dict[float, str], batch: int) -> list[tuple[float, Result]]:
-        found = bench(list(specs.values()), batch_size=batch, rounds=rounds, device="cpu")
+    def points(specs: dict[float, str], batch_size: int) -> list[tuple[float, Result]]:
+        found = bench(list(specs.values()), batch_size=batch_size, rounds=rounds, device="cpu")
         return list(zip(specs, found.results, strict=True))
 
     tokens = {(size // 4) ** 2: f"in1k-small,model.image_size={size},data.eval_resize={size}" for size in SIZES}
@@ -28,7 +28,7 @@ def measure(rounds: int) -> dict[str, list[tuple[float, Result]]]:
             {count: f"cifar-tiny,model.shifts={SHIFTS[:count]}" for count in VARIANTS}, 8
         ),
         "tokens of the local block (in1k-small, 224 to 384 pixels, batch 1)": points(tokens, 1),
-        "images in a batch (cifar-tiny)": [(size, points({size: "cifar-tiny"}, size)[0][1]) for size in BATCHES],
+        "batch size (cifar-tiny)": [(size, points({size: "cifar-tiny"}, size)[0][1]) for size in BATCHES],
     }
 
 
@@ -49,10 +49,10 @@ def main() -> None:
         axes.plot(numbers, milliseconds, "o-", color="tab:blue")
         axes.set(xlabel=label, ylim=(0, None), xlim=(0, None))
         axes.set_ylabel("milliseconds an image", color="tab:blue")
-        beside = axes.twinx()
-        beside.plot(numbers, mebibytes, "s--", color="tab:orange")
-        beside.set(ylim=(0, None))
-        beside.set_ylabel("tensors at the peak (MiB)", color="tab:orange")
+        right = axes.twinx()
+        right.plot(numbers, mebibytes, "s--", color="tab:orange")
+        right.set(ylim=(0, None))
+        right.set_ylabel("tensors at the peak (MiB)", color="tab:orange")
         axes.grid(alpha=0.3)
     if options.plot:
         figure.savefig(options.plot, dpi=100)

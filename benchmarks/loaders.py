@@ -1,9 +1,9 @@
-"""Whether images are prepared faster than a training step takes them, with the whole recipe.
+"""Whether images are prepared faster than a training step consumes them, with the whole recipe.
 
     python benchmarks/loaders.py cifar-nano CIFAR_FOLDER in1k-tiny IMAGENET_FOLDER
 
-A folder has train/CLASS/* and val/CLASS/* or test/CLASS/*. Loader and step are measured alone, taking turns: on a CPU
-they share the cores when they run together.
+A folder has train/CLASS/* and val/CLASS/* or test/CLASS/*. Loader and step are measured apart, in turn: on a CPU
+they would share the cores.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from lsag.data.loading import EpochBatches, batches, train_loader
 from lsag.data.sources import FolderSource, open_split
 from lsag.device import available_cores, choose_device
 
-BATCH = {"cifar-nano": 128}
+BATCH_SIZE = {"cifar-nano": 128}
 IMAGES = 4_096
 
 
@@ -28,16 +28,18 @@ def main() -> None:
     parser.add_argument("pairs", nargs="+", metavar="PRESET FOLDER")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    on, workers = choose_device("cpu"), available_cores()
+    device, workers = choose_device("cpu"), available_cores()
     for name, folder in zip(options.pairs[::2], options.pairs[1::2], strict=True):
-        batch = BATCH.get(name, 8)
-        preset = load_preset(name, {"train.batch_size": batch}, dataset="folder")
+        batch_size = BATCH_SIZE.get(name, 8)
+        preset = load_preset(name, {"train.batch_size": batch_size}, dataset="folder")
         source = open_split("folder", Path(folder), train=True, mode=preset.image_mode)
         if isinstance(source, FolderSource):
             source = source.packed()
         order = EpochBatches(len(source), preset)
-        order.num_steps = min(order.num_steps, IMAGES // batch)
-        step = make_run(open_contender(name, mode="training", on=on), "training", batch, on, torch.float32)
+        order.num_steps = min(order.num_steps, IMAGES // batch_size)
+        step = make_run(
+            open_contender(name, mode="training", device=device), "training", batch_size, device, torch.float32
+        )
         loads, steps = [], []
         for _ in range(options.rounds):
             loading = batches(train_loader(source, preset, order, workers=workers))
@@ -45,12 +47,12 @@ def main() -> None:
             start = time.perf_counter()
             loads.append(sum(len(images) for images, _ in loading) / (time.perf_counter() - start))
             assert images.shape[1:] == image_shape(preset.model)
-            steps.append(batch / min(seconds(step, 1, on) for _ in range(3)))
+            steps.append(batch_size / min(seconds(step, 1, device) for _ in range(3)))
         loaded, needed = statistics.median(loads), statistics.median(steps)
         where = "in memory" if not isinstance(source, FolderSource) else "from files"
         print(
-            f"{name}: {workers} workers prepare {loaded:,.0f} images/s ({where}), a step takes {needed:,.0f}: "
-            f"{loaded / needed:.1f} times what it needs"
+            f"{name}: {workers} workers prepare {loaded:,.0f} images/s ({where}), a step consumes {needed:,.0f}: "
+            f"{loaded / needed:.1f} times as many"
         )
 
 

@@ -2,12 +2,13 @@
 
     python benchmarks/training.py --data-dir FOLDER          # FOLDER/train/CLASS/*.jpg and FOLDER/test/CLASS/*.jpg
 
-Each training is a process of its own, `lsag train --preset cifar-nano` for one epoch; the ways take turns, and the
-figures are medians. Saving is measured with the whole state of a model of Table 2.
+Each training is a process of its own, `lsag train --preset cifar-nano` for one epoch; the settings take turns, and the
+figures are medians. Saving is measured with the whole state of models of Table 2.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -19,11 +20,11 @@ import torch
 
 from lsag import LSAG, load_preset
 from lsag.data.sources import placeholder_classes
+from lsag.training.folder import RunFolder
 from lsag.training.optim import make_optimizer
-from lsag.training.run import RunFolder
-from lsag.training.state import Position, State
+from lsag.training.state import State
 
-WAYS = {
+SETTINGS = {
     "1 process, 1 thread": (["--procs", "1"], "1"),
     "1 process, 2 threads": (["--procs", "1"], "2"),
     "2 processes, 1 thread each": (["--procs", "2"], "1"),
@@ -34,8 +35,6 @@ WAYS = {
 
 def train(data: Path, options: list[str], threads: str) -> float:
     """Images per second in the one epoch."""
-    import os
-
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "lsag_cli", "train", "--preset", "cifar-nano", "--dataset", "folder"]
         command += ["--data-dir", str(data), "--epochs", "1", "--device", "cpu", "--workers", "0", "--out", "run"]
@@ -45,7 +44,7 @@ def train(data: Path, options: list[str], threads: str) -> float:
 
 
 def save(name: str, repeats: int) -> tuple[float, float]:
-    """Seconds that a checkpoint of a preset's whole training takes, and its size in MB."""
+    """The seconds that saving the state of a preset's training takes, and its size in MB."""
     preset = load_preset(name)
     model = LSAG(preset.model)
     optimizer = make_optimizer(model, preset.train)
@@ -53,9 +52,7 @@ def save(name: str, repeats: int) -> tuple[float, float]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = State(
-        model, optimizer, scaler, None, preset, placeholder_classes(preset.model.num_classes), "", {}, Position()
-    )
+    state = State(model, optimizer, scaler, None, preset, placeholder_classes(preset.model.num_classes), "")
     times = []
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
@@ -73,14 +70,14 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    speeds: dict[str, list[float]] = {way: [] for way in WAYS}
+    speeds: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
     for _ in range(options.repeats):
-        for way, (arguments, threads) in WAYS.items():
-            speeds[way].append(train(options.data_dir, arguments, threads))
+        for setting, (arguments, threads) in SETTINGS.items():
+            speeds[setting].append(train(options.data_dir, arguments, threads))
     first = statistics.median(next(iter(speeds.values())))
-    for way, found in speeds.items():
+    for setting, found in speeds.items():
         median = statistics.median(found)
-        print(f"{way:32} {median:6.0f} img/s  {median / first:.2f}  (from {min(found):.0f} to {max(found):.0f})")
+        print(f"{setting:32} {median:6.0f} img/s  {median / first:.2f}  (from {min(found):.0f} to {max(found):.0f})")
     for name in ("cifar-nano", "in1k-tiny", "cifar-small", "cifar-base"):
         seconds, size = save(name, options.repeats)
         print(f"saving {name:12} {size:7.1f} MB  {seconds:6.2f} s  {100 * seconds / 300:.2f} % of 5 minutes")

@@ -1,10 +1,10 @@
-"""Contenders side by side: in one process, taking turns, warmed up; medians with their spread."""
+"""Models measured side by side: warmed up, taking turns in one process; medians with their spread."""
 
 import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -28,16 +28,16 @@ from lsag.model.build import (
 )
 from lsag.model.cpu import linear
 from lsag.model.network import LSAG
-from lsag.paper.released import plain
+from lsag.paper.released import as_released
 from lsag.paper.tables import TABLES
 from lsag.presets import load_preset
 
 MIN_SECONDS = 0.05
-"""A turn runs its contender as often as takes so long, so that neither clock nor launches are what is measured."""
-LATENCY_TURNS = 3
-"""Turns with one image for each turn with a batch."""
+"""A turn repeats its run for about this long, so that neither the clock nor kernel launches dominate."""
+LATENCY_REPEATS = 3
+"""Measurements of one image in a round, for each of a batch."""
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}
-"""Rows and columns of the square matrices whose product is the measure of what the machine can do."""
+"""Rows and columns of the square matrices whose product shows what the machine can do."""
 
 PEERS: dict[str, dict[str, float | None]] = {
     group: {
@@ -48,7 +48,7 @@ PEERS: dict[str, dict[str, float | None]] = {
         ("ImageNet (Table 4)", 4, ""),
     )
 }
-"""Contenders with the images per second that the paper prints for them, on its GPU. Ours come first."""
+"""Contenders and the images per second that the paper prints for them, on its GPU. lsag's come first."""
 
 Mode = Literal["inference", "training"]
 
@@ -57,10 +57,10 @@ Mode = Literal["inference", "training"]
 class Result:
     """What was measured of one contender; None where it cannot be known.
 
-    `macs` are those of a forward pass of one image; a training step counts three times as many. Seconds are those of
-    one image in a batch of one. `peak_memory` is in bytes of tensors, parameters and optimizer included. `spread` is
-    half the distance of the quartiles over the median, `share` the share of the matrix-product rate, `ratio` that of
-    the images per second to the first contender's.
+    `macs` are those of a forward pass of one image; a training step counts three times as many. Latencies are the
+    seconds of a batch of one image. `peak_memory` is in bytes of tensors, parameters and optimizer included. `spread`
+    is half the distance of the quartiles over the median, `share` the share of the matrix-product rate, `ratio` the
+    images per second over the first contender's.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model, images of whose `shape` (C, height, width) `classify` takes; `model` is None for a graph."""
+    """A model; `classify` takes images of `shape` (C, height, width). `model` is None for a graph."""
 
     name: str
     shape: tuple[int, int, int]
@@ -97,6 +97,15 @@ class Contender:
     macs: int
     classify: Callable[[Tensor], Any]
     model: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is measured `repeats` times in each round, and the seconds of each measurement."""
+
+    run: Callable[[], object]
+    repeats: int = 1
+    seconds: list[float] = field(default_factory=list)
 
 
 def bench(
@@ -115,56 +124,41 @@ def bench(
 ) -> Bench:
     """Measure each of `specs` (see `open_contender`), `rounds` times in turn, on made-up images.
 
-    Inference is a forward pass in the mode the product runs it, with the batch already on the device; training is
-    forward, cross-entropy, backward and an AdamW step, with `recompute` as in lsag.train for lsag's own models.
-    `keep_memory` is that of `choose_device`, for all contenders alike. `on_round` hears how many rounds are done.
+    Inference is a forward pass as the product runs it, with the batch already on the device; training is forward,
+    cross-entropy, backward and an AdamW step, with `recompute` as in lsag.train for lsag's own models. `keep_memory`
+    is that of `choose_device`, for all contenders alike. `on_round` is called with the number of rounds done.
     UsageError for what cannot be measured in this way.
     """
-    on = choose_device(device, keep_memory=keep_memory)
+    used = choose_device(device, keep_memory=keep_memory)
     if threads:
         torch.set_num_threads(threads)
-    dtype = autocast_dtype(on, precision)
+    dtype = autocast_dtype(used, precision)
+    own_precision = dtype is torch.float32
     contenders = [
-        open_contender(spec, mode=mode, on=on, threads=threads, own_precision=dtype is torch.float32) for spec in specs
+        open_contender(spec, mode=mode, device=used, threads=threads, own_precision=own_precision) for spec in specs
     ]
-    if compile:
-        models = [contender.model for contender in contenders if contender.model is not None]
-        if not models:
-            raise UsageError("there is nothing to compile: .onnx graphs run in onnxruntime", "leave --compile away")
-        for model in models:
-            model.compile()
-    for contender in contenders:
-        if isinstance(contender.model, LSAG) and not contender.name.startswith("plain:"):
-            set_recompute(contender.model, recompute)
-    runs = [make_run(contender, mode, batch_size, on, dtype) for contender in contenders]
-    singles = {
-        contender.name: make_run(contender, mode, 1, on, dtype)
-        for contender in contenders
+    _set_up(contenders, compile=compile, recompute=recompute)
+    batches = [Turn(make_run(contender, mode, batch_size, used, dtype)) for contender in contenders]
+    singles = [
+        Turn(make_run(contender, mode, 1, used, dtype), LATENCY_REPEATS)
         if mode == "inference" and getattr(contender.classify, "batch", None) in (None, 1)  # a graph's may be fixed
-    }
-    side = MATRIX_SIZE[on.type]
-    left, right = torch.randn(2, side, side, device=on, dtype=dtype)
-    turns: list[Callable[[], object]] = [*runs, *singles.values(), torch.inference_mode()(lambda: linear(left, right))]
-    repeats = [LATENCY_TURNS if run in singles.values() else 1 for run in turns]
-    memory = [tensor_memory(contender, run, mode, on) for contender, run in zip(contenders, runs, strict=True)]
-    for run in turns:
-        run()
-    often = [max(1, round(MIN_SECONDS / seconds(run, 1, on))) for run in turns]
-    times: list[list[float]] = [[] for _ in turns]
-    for done in range(rounds):
-        on_round(done)
-        for index, run in enumerate(turns):
-            times[index] += [seconds(run, often[index], on) for _ in range(repeats[index])]
-    on_round(rounds)
+        else None
+        for contender in contenders
+    ]
+    side = MATRIX_SIZE[used.type]
+    left, right = torch.randn(2, side, side, device=used, dtype=dtype)
+    product = Turn(torch.inference_mode()(lambda: linear(left, right)))
+    memory = [tensor_memory(each, turn.run, mode, used) for each, turn in zip(contenders, batches, strict=True)]
+    take_turns([*batches, *filter(None, singles), product], rounds=rounds, device=used, on_round=on_round)
 
-    matrix_rate = side**3 / float(np.median(times[-1]))
-    results: list[Result] = []
-    for index, contender in enumerate(contenders):
-        low, median, high = np.quantile(times[index], [0.25, 0.5, 0.75]).tolist()
+    matrix_rate = side**3 / float(np.median(product.seconds))
+    first_rate = batch_size / float(np.quantile(batches[0].seconds, 0.5))
+    results = []
+    for contender, batch, single, num_bytes in zip(contenders, batches, singles, memory, strict=True):
+        low, median, high = np.quantile(batch.seconds, [0.25, 0.5, 0.75]).tolist()
+        p50, p90 = np.quantile(single.seconds, [0.5, 0.9]).tolist() if single else (None, None)
         rate = batch_size / median
-        alone = times[turns.index(singles[contender.name])] if contender.name in singles else None
-        p50, p90 = np.quantile(alone, [0.5, 0.9]).tolist() if alone else (None, None)
-        macs_per_second = rate * contender.macs * (3 if mode == "training" else 1)
+        macs_rate = rate * contender.macs * (3 if mode == "training" else 1)
         results.append(
             Result(
                 name=contender.name,
@@ -172,32 +166,55 @@ def bench(
                 macs=contender.macs,
                 images_per_second=rate,
                 spread=(high - low) / 2 / median,
-                ratio=rate / (results[0].images_per_second if results else rate),
+                ratio=rate / first_rate,
                 latency_p50=p50,
                 latency_p90=p90,
-                peak_memory=memory[index],
-                macs_per_second=macs_per_second,
-                share=macs_per_second / matrix_rate,
+                peak_memory=num_bytes,
+                macs_per_second=macs_rate,
+                share=macs_rate / matrix_rate,
             )
         )
-    return Bench(results, matrix_rate, str(on), str(dtype).removeprefix("torch."), torch.get_num_threads())
+    return Bench(results, matrix_rate, str(used), str(dtype).removeprefix("torch."), torch.get_num_threads())
+
+
+def _set_up(contenders: Sequence[Contender], *, compile: bool, recompute: Recompute) -> None:
+    """Compile all models, and let lsag's own recompute."""
+    if compile and all(contender.model is None for contender in contenders):
+        raise UsageError("there is nothing to compile: .onnx graphs run in onnxruntime", "remove --compile")
+    for contender in contenders:
+        if compile and contender.model is not None:
+            contender.model.compile()
+        if isinstance(contender.model, LSAG) and not contender.name.startswith("plain:"):
+            set_recompute(contender.model, recompute)
+
+
+def take_turns(turns: Sequence[Turn], *, rounds: int, device: torch.device, on_round: Callable[[int], object]) -> None:
+    """Warm up, then measure all turns in each round, so that a slow minute of the machine is slow for all of them."""
+    for turn in turns:
+        turn.run()
+    times = [max(1, round(MIN_SECONDS / seconds(turn.run, 1, device))) for turn in turns]
+    for done in range(rounds):
+        on_round(done)
+        for turn, often in zip(turns, times, strict=True):
+            turn.seconds.extend(seconds(turn.run, often, device) for _ in range(turn.repeats))
+    on_round(rounds)
 
 
 def open_contender(
-    spec: str, *, mode: Mode = "inference", on: torch.device, threads: int | None = None, own_precision: bool = True
+    spec: str, *, mode: Mode = "inference", device: torch.device, threads: int | None = None, own_precision: bool = True
 ) -> Contender:
     """A preset's name or file, a checkpoint, an .onnx file, or `timm:NAME`.
 
-    `plain:` before one of ours is the released formulation, `compiled:` has torch compile it. A preset may be followed
-    by `,KEY=VALUE` with its settings, a name of timm's with arguments. Presets and timm's models have random weights.
-    A graph has its images on the device already, as models have; `host:` before it counts bringing them there and the
-    logits back. UsageError or InputError for what is none of them.
+    The prefix `plain:` takes the released formulation of LSAG, `compiled:` compiles with torch. `,KEY=VALUE` after a
+    preset are settings of it, after a name of timm's arguments. Presets and timm's models have random weights.
+    A graph gets images that are already on the device, as models do; `host:` includes copying them there and the
+    logits back. UsageError or InputError for what is none of these.
     """
     kind, _, rest = spec.partition(":")
     if spec.endswith(".onnx"):
         if mode == "training" or not own_precision:
             raise UsageError(f"{spec} can only be run, and in its own precision", "choose a preset or a checkpoint")
-        graph = Session(rest if kind == "host" else spec, provider=on.type, threads=threads)
+        graph = Session(rest if kind == "host" else spec, provider=device.type, threads=threads)
         total = count_model(graph.preset.model)
         return Contender(spec, image_shape(graph.preset.model), total.params, total.macs_run, graph)
     model: nn.Module
@@ -208,7 +225,7 @@ def open_contender(
         name, settings = parse_spec(rest if kind in ("plain", "compiled") else spec)
         if name.endswith(".pt"):
             if settings:
-                raise UsageError(f"{spec}: a checkpoint has its own settings", "leave them away")
+                raise UsageError(f"{spec}: a checkpoint has its own settings", "remove them")
             checkpoint = load_checkpoint(name)
         else:
             checkpoint = random_checkpoint(load_preset(name, settings))
@@ -216,13 +233,13 @@ def open_contender(
         model = checkpoint.model
         if kind == "plain":
             if not isinstance(model, LSAG):
-                raise UsageError(f"{spec}: plain: is the released formulation of LSAG, not of timm's", "leave it away")
-            model = plain(model)
+                raise UsageError(f"{spec}: only LSAG has a released formulation", "remove plain:")
+            model = as_released(model)
     params = sum(parameter.numel() for parameter in model.parameters())
     model, macs = model.train(mode == "training"), count_macs(model, shape)
     if kind == "compiled":
         model.compile()
-    return Contender(spec, shape, params, macs, model.to(on), model)
+    return Contender(spec, shape, params, macs, model.to(device), model)
 
 
 def timm_contender(spec: str) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -239,28 +256,28 @@ def timm_contender(spec: str) -> tuple[nn.Module, tuple[int, int, int]]:
 
 
 def make_run(
-    contender: Contender, mode: Mode, batch_size: int, on: torch.device, dtype: torch.dtype
+    contender: Contender, mode: Mode, batch_size: int, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], object]:
-    """One inference or one training step."""
+    """A function that does one inference or one training step on made-up images."""
     generator = torch.Generator().manual_seed(0)
     if contender.model is None:
         pixels = torch.randint(0, 256, (batch_size, *contender.shape), dtype=torch.uint8, generator=generator)
         if isinstance(contender.classify, Session) and not contender.name.startswith("host:"):
-            return contender.classify.bound(pixels)
+            return contender.classify.bind(pixels)
         return lambda: contender.classify(pixels)
-    model, images = contender.model, torch.randn(batch_size, *contender.shape, generator=generator).to(on)
+    model, images = contender.model, torch.randn(batch_size, *contender.shape, generator=generator).to(device)
 
     def infer() -> None:
-        with torch.inference_mode(), autocast(on, dtype):
+        with torch.inference_mode(), autocast(device, dtype):
             model(images)
 
     if mode == "inference":
         return infer
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=on)
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step() -> None:
-        with autocast(on, dtype):
+        with autocast(device, dtype):
             logits = model(images)
         F.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
@@ -269,43 +286,42 @@ def make_run(
     return step
 
 
-def seconds(run: Callable[[], object], times: int, on: torch.device) -> float:
-    """Seconds of one `run`, averaged over `times` in a row."""
-    synchronize(on)
+def seconds(run: Callable[[], object], times: int, device: torch.device) -> float:
+    """Seconds of one `run`, averaged over `times` in a row.
+
+    torch.utils.benchmark.Timer would run it at least twice more before each measurement: minutes for large models.
+    """
+    synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    synchronize()
     start = time.perf_counter()
     for _ in range(times):
         run()
-    synchronize(on)
+    synchronize()
     return (time.perf_counter() - start) / times
 
 
-def synchronize(on: torch.device) -> None:
-    if on.type != "cpu":
-        torch.accelerator.synchronize()
+def tensor_memory(contender: Contender, run: Callable[[], object], mode: Mode, device: torch.device) -> int | None:
+    """The peak bytes of tensors during a `run`, with the parameters, and in training the optimizer's moments.
 
-
-def tensor_memory(contender: Contender, run: Callable[[], object], mode: Mode, on: torch.device) -> int | None:
-    """The most bytes that tensors take during a `run`, with the parameters, and in training the optimizer's moments.
-
-    It is what the allocator handed out: libraries, and what they allocate past torch, are not in it.
+    As torch's allocator sees it: without libraries, and without what they allocate past torch.
     """
-    if contender.model is None or on.type == "mps":
+    if contender.model is None or device.type == "mps":
         return None
     run()
     own = sum(tensor.nbytes for tensor in [*contender.model.parameters(), *contender.model.buffers()])
-    if on.type == "cuda":
-        before = torch.cuda.memory_allocated(on)
-        torch.cuda.reset_peak_memory_stats(on)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         run()
-        most = torch.cuda.max_memory_allocated(on) - before
+        peak = torch.cuda.max_memory_allocated(device) - before
     else:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             run()
         events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
         held = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-        most = max(itertools.accumulate(held), default=0)
-    return most + own * (3 if mode == "training" else 1)
+        peak = max(itertools.accumulate(held), default=0)
+    return peak + own * (3 if mode == "training" else 1)
 
 
 def probe(
@@ -318,13 +334,13 @@ def probe(
     recompute: Recompute = "none",
     steps: int = 3,
 ) -> tuple[float, int]:
-    """Seconds that one training step on made-up images takes, a slice at a time, and the peak memory in bytes."""
-    on = choose_device(device)
-    model = build_model(preset.model).to(on)
+    """Seconds of a training step on `slice_size` made-up images, and the peak memory of the process in bytes."""
+    used = choose_device(device)
+    model = build_model(preset.model).to(used)
     set_recompute(model, recompute)
     if compile:
         model.compile()
     contender = Contender(preset.name, image_shape(preset.model), 0, 0, model, model)
-    run = make_run(contender, "training", slice_size, on, autocast_dtype(on, precision))
-    seconds(run, 1, on)  # the first warms up
-    return min(seconds(run, 1, on) for _ in range(steps)), peak_memory(on)
+    run = make_run(contender, "training", slice_size, used, autocast_dtype(used, precision))
+    seconds(run, 1, used)  # the first warms up
+    return min(seconds(run, 1, used) for _ in range(steps)), peak_memory(used)

@@ -12,15 +12,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lsag.config import ModelConfig, Preset, validate_preset
 from lsag.data.sources import placeholder_classes
 from lsag.errors import CheckError, DamagedError, InputError, UsageError
-from lsag.files import write_checked, writing
+from lsag.files import read_bytes, write_checked, writing
 from lsag.model.build import build_model
-from lsag.model.network import LSAG
 
 FORMAT = 1
 
@@ -45,48 +43,6 @@ def random_checkpoint(preset: Preset) -> Checkpoint:
     """An untrained model of `preset`, initialised from its seed."""
     torch.manual_seed(preset.train.seed)
     return Checkpoint(build_model(preset.model).eval(), preset, placeholder_classes(preset.model.num_classes))
-
-
-def initialise_from(model: nn.Module, path: str | Path, *, num_classes: int, reset_head: bool = False) -> list[str]:
-    """Give `model` the weights of a checkpoint, as the beginning of a fine-tuning; says what had to be changed.
-
-    LSAG's position embeddings are resized (bicubic) to the model's image size; with `reset_head` the classifier is left
-    as it was initialised. InputError if the rest does not fit, with both models named.
-    """
-    found = load_checkpoint(path)
-    weights, wanted, said = found.model.state_dict(), model.state_dict(), []
-    if reset_head:
-        known: Any = getattr(model, "pretrained_cfg", {})
-        heads = known.get("classifier", "head")
-        prefixes = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
-        weights |= {key: value for key, value in wanted.items() if key.startswith(prefixes)}
-        said.append(f"a new head for {num_classes} classes")
-    elif found.preset.model.num_classes != num_classes:
-        raise InputError(
-            f"{path}: {found.preset.name} has {found.preset.model.num_classes} classes, asked for {num_classes}",
-            "add --reset-head for a new classifier",
-        )
-    if isinstance(model, LSAG) and isinstance(found.model, LSAG):
-        sides = zip(found.model.config.grid_sizes, model.config.grid_sizes, strict=False)
-        for key, (old, new) in zip([key for key in wanted if key.endswith("pos")], sides, strict=False):
-            if old != new and key in weights:
-                weights[key] = _resized(weights[key], old, new)
-                said.append(f"{key} resized from {old} x {old} to {new} x {new} patches")
-    try:
-        _check_weights(weights, wanted)
-    except ValueError as error:
-        raise InputError(
-            f"{path} holds {found.preset.name}, which is another network: {error}", "choose its preset"
-        ) from error
-    model.load_state_dict(weights)
-    return said
-
-
-def _resized(positions: torch.Tensor, old: int, new: int) -> torch.Tensor:
-    """Position embeddings (old * old, ...) -> (new * new, ...)."""
-    grid = positions.flatten(1).T.unflatten(1, (old, old))[None]
-    resized = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)[0]
-    return resized.flatten(1).T.unflatten(1, positions.shape[1:])
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -163,7 +119,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise ValueError(f"{len(classes)} class names for {preset.model.num_classes} classes")
         with torch.device("meta"):
             model = build_model(preset.model)
-        _check_weights(weights, model.state_dict())
+        check_weights(weights, model.state_dict())
         if isinstance(preset.model, ModelConfig):
             model.load_state_dict(weights, assign=True)
             model.requires_grad_(True)
@@ -178,17 +134,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(model.eval(), preset, classes, epoch, metrics, training)
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(0, "not a regular file")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read checkpoint {path}: {error.strerror}", "check the path") from error
-
-
 def _read_safetensors(path: Path) -> Any:
-    data = _read_bytes(path)
+    data = read_bytes(path, what="checkpoint")
     try:
         weights = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -203,7 +150,7 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def _read(path: Path) -> Any:
-    data = _read_bytes(path)
+    data = read_bytes(path, what="checkpoint")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
@@ -231,19 +178,34 @@ def _read(path: Path) -> Any:
         raise DamagedError(f"{path} was refused: {reason}", "the authors' own files: lsag convert") from error
 
 
-def _check_weights(weights: Any, wanted: dict[str, torch.Tensor]) -> None:
+def check_weights(weights: Any, wanted: Mapping[str, torch.Tensor]) -> None:
+    """ValueError unless `weights` are finite tensors with the names, shapes and types of `wanted`.
+
+    It counts what is wrong, and names the first three keys of each kind.
+    """
     if not isinstance(weights, dict) or not all(
         isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
         for value in weights.values()
     ):
         raise ValueError("the weights are not plain tensors")
-    problems = [f"{key} is missing" for key in wanted if key not in weights]
-    problems += [f"{key} is unknown" for key in weights if key not in wanted]
-    problems += [
-        f"{key} is {weights[key].dtype} {tuple(weights[key].shape)}, not {value.dtype} {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in weights and (weights[key].shape != value.shape or weights[key].dtype != value.dtype)
-    ]
-    problems += [f"{key} is not finite" for key in wanted if key in weights and not weights[key].isfinite().all()]
-    if problems:
-        raise ValueError(f"{len(problems)} weights do not fit: {'; '.join(problems[:3])}")
+    shared = [key for key in wanted if key in weights]
+    problems = {
+        "missing": [key for key in wanted if key not in weights],
+        "unknown": [key for key in weights if key not in wanted],
+        "of another shape or type": [
+            f"{key} is {_layout(weights[key])}, the model has {_layout(wanted[key])}"
+            for key in shared
+            if _layout(weights[key]) != _layout(wanted[key])
+        ],
+        "not finite": [key for key in shared if not weights[key].isfinite().all()],
+    }
+    found = [f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"the weights do not fit: {'; '.join(found)}")
+
+
+_check_weights = check_weights  # goes when initialise_from moves to the training
+
+
+def _layout(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {' x '.join(map(str, tensor.shape))}".rstrip()

@@ -8,7 +8,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -422,6 +422,13 @@ def _fields_at(loc: tuple[Any, ...]) -> list[str]:
         return list(TimmConfig.model_fields)
     section = _SECTIONS["model.stages.0" if "stages" in names else names[0]] if names else Preset
     return list(section.model_fields)
+
+
+def check_dataset(name: str) -> None:
+    """UsageError for the name of a dataset that does not exist."""
+    known = get_args(DatasetName)
+    if name not in known:
+        raise UsageError(f"unknown dataset '{name}'{did_you_mean(name, known)}", f"use one of: {', '.join(known)}")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -1,16 +1,18 @@
-"""Checkpoints of the authors' release, brought into this project's layout."""
+"""The authors' released checkpoints, converted to this project's layout."""
 
 import argparse
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lsag.checkpoint import Checkpoint, save_checkpoint
+from lsag.checkpoint import Checkpoint, check_weights, save_checkpoint
 from lsag.config import ModelConfig, Preset
 from lsag.data.sources import placeholder_classes
-from lsag.errors import InputError, UsageError
+from lsag.errors import InputError, UsageError, first_line
+from lsag.files import read_bytes
 from lsag.model.network import LSAG
 
 _RENAMED = {
@@ -27,19 +29,16 @@ _RENAMED = {
 def read_released(path: str | Path) -> dict[str, Tensor]:
     """The weights of a released file: a dict with the key `model` or `state_dict`, or the weights themselves.
 
-    Loaded with `weights_only`; of other objects only the release's `argparse.Namespace` is let in, else InputError.
+    Loaded with `weights_only`, which besides plain data allows the release's `argparse.Namespace`; InputError for a
+    file with anything else.
     """
+    file = io.BytesIO(read_bytes(Path(path), what="checkpoint"))
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise OSError("not a regular file")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist", "check the path") from error
+            contents = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for a file that is not its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{path} is not a checkpoint that can be read safely: {reason}", "give a released .pth"
+            f"{path} is not a checkpoint that can be read safely: {first_line(error)}", "give a released .pth"
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(contents, dict):
@@ -56,25 +55,25 @@ def read_released(path: str | Path) -> dict[str, Tensor]:
 
 
 def convert_file(file: str | Path, preset: Preset, out: str | Path) -> None:
-    """Write the released checkpoint `file`, which fits `preset`, to `out` in this project's format.
+    """Convert the released checkpoint `file` of the model `preset` to this project's format, and save it as `out`.
 
-    The release does not name its classes. InputError if the weights do not fit.
+    The release does not name its classes. UsageError for a timm model, InputError if the weights do not fit.
     """
     if not isinstance(preset.model, ModelConfig):
-        raise UsageError(f"{preset.name} is timm's, the release has LSAG alone", "choose a preset of lsag presets")
+        raise UsageError(f"{preset.name} is a timm model, but the release has only LSAG", "choose one of: lsag presets")
     model = from_released(read_released(file), preset.model)
     converted = preset.model_copy(update={"model": model.config})
     save_checkpoint(out, Checkpoint(model, converted, placeholder_classes(preset.model.num_classes)))
 
 
 def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG:
-    """A model in evaluation mode with the released weights `state_dict`; its logits are those of the released code.
+    """A model in evaluation mode with the released weights `state_dict`, which gives the logits of the released code.
 
-    `config.shifts` lists the variants as section 4 of the paper does. `config.shift_mode` tells the family: the CIFAR
-    code ("roll") reads each tuple of that list as (vertical, horizontal), so the returned model's own config holds the
-    transposed tuples; the ImageNet code ("extend") reads (horizontal, vertical), as the paper does.
+    `config.shifts` lists the variants as section 4 of the paper does, and `config.shift_mode` tells the family. The
+    CIFAR code ("roll") reads each tuple of that list as (vertical, horizontal), so the config of the returned model has
+    the tuples transposed; the ImageNet code ("extend") reads them as (horizontal, vertical), as the paper does.
 
-    Raises InputError (a ValueError) that names the keys that are missing, unknown or of another shape.
+    Raises InputError (a ValueError), which names the keys that are missing, unknown or of another shape.
     """
     if config.shift_mode == "roll":
         # Departure: the paper says (Px horizontal, Py vertical); the released CIFAR code transposes them.
@@ -92,37 +91,20 @@ def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG
             converted["embed.pos"] = value.transpose(0, 1)
         else:
             converted[_rename(key)] = value
-    missing = [key for key in wanted if key not in converted]
-    unknown = [key for key in converted if key not in wanted]
-    misshapen = [
-        f"{key} is {_shape(converted[key])}, the model has {_shape(value)}"
-        for key, value in wanted.items()
-        if key in converted and converted[key].shape != value.shape
-    ]
-    infinite = [key for key, value in converted.items() if not value.isfinite().all()]
-    problems = [
-        f"{len(keys)} {what}: {', '.join(keys[:3])}"
-        for what, keys in (
-            ("missing", missing),
-            ("unknown", unknown),
-            ("of another shape", misshapen),
-            ("not finite", infinite),
-        )
-        if keys
-    ]
-    if problems:
+    converted = {key: value.float() for key, value in converted.items()}
+    try:
+        check_weights(converted, wanted)
+    except ValueError as error:
         fix = "choose the preset of these weights"
-        if any(".kv." in line for line in misshapen):
-            fix += (
-                "; the release shares one key/value head in all CIFAR models: --set model.stages.0.num_kv_heads=1, ..."
-            )
-        raise InputError(f"the released weights do not fit: {'; '.join(problems)}", fix)
+        if ".kv.weight is" in str(error):
+            fix += "; the released CIFAR models share one key/value head: --set model.stages.0.num_kv_heads=1, ..."
+        raise InputError(str(error), fix) from error
     model.load_state_dict(converted)
     return model.eval()
 
 
 def _rename(key: str) -> str:
-    """Our name for a released key; one that is not known comes back as it is, and is refused."""
+    """Our name for a released key; an unknown key is returned unchanged, and refused later."""
     match key.split("."):
         case ["mlp_head", kind]:
             return f"head.{kind}"
@@ -136,7 +118,3 @@ def _rename(key: str) -> str:
         case ["layers", stage, "0", ("norm1" | "norm2") as name, kind]:
             return f"stages.{stage}.{name}.{kind}"
     return key
-
-
-def _shape(tensor: Tensor) -> str:
-    return " x ".join(map(str, tensor.shape))

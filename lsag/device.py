@@ -1,4 +1,4 @@
-"""The device that a model runs on, and what is set up once for it."""
+"""The device that a model runs on, and its setup."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ from lsag.errors import UnavailableError
 def choose_device(name: str = "auto", *, keep_memory: bool = True) -> torch.device:
     """`auto` takes CUDA, then Apple's MPS, then the CPU; any other name is that device or an UnavailableError.
 
-    On the CPU the process is set up to keep the memory that tensors free, unless `keep_memory` is off.
+    On the CPU the process then keeps the memory that tensors free, unless `keep_memory` is off.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -54,7 +54,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None = None) -> Abstract
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory in bytes that this process has used: on a GPU there, else in all."""
+    """Peak memory of this process in bytes: on a GPU of its tensors there, elsewhere of all that is resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -62,10 +62,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Keep glibc from giving large freed tensors back to the system at once.
+    """Keep glibc from returning large freed tensors to the system at once.
 
-    Every step allocates the same activations again, and each of their pages would fault anew. What that costs is
-    measured in docs/benchmarks.md.
+    Every step allocates the same activations again, and each of their pages would fault again. What that costs is
+    in docs/benchmarks.md.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

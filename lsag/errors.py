@@ -13,7 +13,7 @@ class LsagError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
+    """The first line of an error's message, or its type if it has none."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
 
@@ -31,7 +31,7 @@ class InputError(LsagError, ValueError):
 
 
 class DamagedError(InputError):
-    """A file whose content is not what was once written."""
+    """A file whose content is not what was written."""
 
 
 class UnavailableError(LsagError, RuntimeError):
@@ -47,13 +47,13 @@ class CheckError(LsagError, RuntimeError):
 
 
 class WorkerError(LsagError, RuntimeError):
-    """A process that trains or prepares images died."""
+    """A process that trains or prepares images has died."""
 
     exit_code = 7
 
 
 class PeerLostError(WorkerError):
-    """Another process of the same training went away; what happened there is the cause, and this a consequence."""
+    """Another process of the same training has gone. What happened there is the cause, this is a consequence."""
 
 
 class InterruptedByUserError(LsagError):
@@ -69,6 +69,6 @@ class TerminatedError(LsagError):
 
 
 class OutputError(LsagError, RuntimeError):
-    """A place that results cannot be written to."""
+    """A place that cannot be written to."""
 
     exit_code = 6

@@ -1,7 +1,7 @@
 """Places where a test can make a training fail: `LSAG_FAILPOINT=name:count:kind[@rank]`, comma-separated.
 
 The `count`-th time that `name` is reached, the process is killed (kind `kill`), gets a signal (`term`, `int`), an error
-of the disk (`enospc`, `eio`), stands still (`hang`), or goes on with a value that is not a number (`nan`). Without the
+of the disk (`enospc`, `eio`), stands still (`hang`), or continues with a value of NaN (`nan`). Without the
 variable a failpoint does nothing. Where they are and what they prove: docs/reliability.md.
 """
 
@@ -22,7 +22,7 @@ _reached: Counter[str] = Counter()
 
 
 def failpoint(name: str) -> bool:
-    """Fail here if a test asked for it; whether it asked for a value that is not a number."""
+    """Fail here if a test asks for it; True if it asks for a value that is not a number."""
     if not _armed:
         return False
     _reached[name] += 1
@@ -31,7 +31,7 @@ def failpoint(name: str) -> bool:
         if form is None:
             raise UsageError(f"LSAG_FAILPOINT {point!r} is not of the form name:count:kind", "unset it")
         wanted, count, lasting, kind, rank = form.groups()
-        # "3" is the third time only, "3+" the third and all later ones.
+        # "3" is the third time only, "3+" the third and every later one.
         hit = _reached[name] >= int(count) if lasting else _reached[name] == int(count)
         if wanted != name or not hit or (rank and rank != os.environ.get("RANK", "0")):
             continue

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and with errors that name them."""
+"""Files are read with errors that name them, and written whole or not at all."""
 
 import errno
 import os
@@ -8,10 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lsag.errors import LsagError, OutputError, first_line
+from lsag.errors import InputError, LsagError, OutputError, first_line
 from lsag.failpoints import failpoint
 
 CHUNK = 2**24
+
+
+def read_bytes(path: Path, *, what: str = "file", size: int = -1) -> bytes:
+    """The first `size` bytes of a regular file, by default all. InputError, which calls the file `what`, otherwise."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "not a regular file")
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise InputError(f"cannot read {what} {path}: {error.strerror}", "check the path") from error
 
 
 @contextmanager
@@ -30,7 +41,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Any]:
-    """A binary file that takes the name `path` only once it is written and synced. OutputError when that fails."""
+    """A binary file that gets the name `path` only once it is written and synced. OutputError if that fails."""
     temporary = None
     try:
         if path.exists() and not path.is_file():
@@ -55,7 +66,7 @@ def replacing(path: Path) -> Iterator[Any]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names that were given or taken away in `folder` survive a power loss."""
+    """Make the creation and removal of names in `folder` survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,7 +75,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_checked(path: Path, data: bytes | memoryview) -> None:
-    """Replace `path` by `data`, read back and compared before it gets its name. OutputError when that fails."""
+    """Replace `path` by `data`, read back and compared before it gets its name. OutputError if that fails."""
     view, half = memoryview(data), len(data) // 2
     with replacing(path) as file:
         file.write(view[:half])

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,11 @@ from torch import Tensor
 from lsag.files import replacing
 
 if TYPE_CHECKING:
-    from lsag.bench import Bench
     from lsag.inference.explain import Explanation
-    from lsag.paper.reproduce import Summary
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Loss and accuracy against the epoch, from the rows of metrics.jsonl."""
+    """Loss and accuracy over the epochs, from the rows of metrics.jsonl."""
     figure, (left, right) = _figure(1, 2, (10, 4))
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) == 1 else None
@@ -42,7 +41,10 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str)
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, title: str) -> None:
-    """The confusion matrix, row by row in percent of a class's images; names and numbers where there is room."""
+    """The confusion matrix (true, predicted): colours in percent of a row, counts and names where there is room.
+
+    scikit-learn's ConfusionMatrixDisplay writes all zeros and all names, and colours by the numbers that it writes.
+    """
     count, names = len(classes), [_plain(name) for name in classes]
     size = min(max(4.5, 0.55 * count + 2), 14)
     figure, axes = _figure(1, 1, (size, size))
@@ -64,34 +66,36 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, tit
     _save(figure, path)
 
 
-def draw_bench(measured: Mapping[str, "Bench"], path: Path, *, title: str) -> None:
-    """Images per second of each contender as a bar, a panel for each group."""
-    heights = [len(found.results) for found in measured.values()]
-    figure, panels = _figure(len(measured), 1, (10, 0.35 * sum(heights) + 1.2 * len(heights)), height_ratios=heights)
-    for axes, (group, found) in zip(panels.flat if len(measured) > 1 else [panels], measured.items(), strict=True):
-        speeds = [result.images_per_second for result in found.results]
-        ours = ["tab:gray" if ":" in result.name else "tab:blue" for result in found.results]
-        names = [_plain(result.name).replace(",", "\n", 1) for result in found.results]
-        bars = axes.barh(names, speeds, color=ours)
-        axes.bar_label(bars, [f"{speed:,.1f}" for speed in speeds], padding=3)
+def draw_bench(speeds: Mapping[str, Mapping[str, float]], path: Path, *, title: str) -> None:
+    """Images per second of each contender as a bar; `speeds` has a panel's contenders by name, for each group."""
+    heights = [len(panel) for panel in speeds.values()]
+    figure, panels = _figure(len(speeds), 1, (10, 0.35 * sum(heights) + 1.2 * len(heights)), height_ratios=heights)
+    for axes, (group, panel) in zip(panels.flat if len(speeds) > 1 else [panels], speeds.items(), strict=True):
+        colors = ["tab:gray" if ":" in name else "tab:blue" for name in panel]
+        names = [_plain(name).replace(",", "\n", 1) for name in panel]
+        bars = axes.barh(names, list(panel.values()), color=colors)
+        axes.bar_label(bars, [f"{speed:,.1f}" for speed in panel.values()], padding=3)
         axes.invert_yaxis()
         axes.margins(x=0.16)
         axes.tick_params(axis="y", labelsize=8)
         axes.set(xlabel="images per second", title=group)
-    figure.suptitle(f"{title}, {found.dtype} on {found.device}")
+    figure.suptitle(title)
     _save(figure, path)
 
 
-def draw_table(rows: Sequence["Summary"], path: Path, *, title: str) -> None:
-    """Accuracy of each row: every seed as a dot with their mean as a line, and the paper's in a panel of its own."""
+def draw_table(rows: Sequence[tuple[str, Sequence[float], float | None]], path: Path, *, title: str) -> None:
+    """Top-1 accuracies in percent of rows (name, of each seed, of the paper if it has one).
+
+    Every seed is a dot, their mean a line; the paper's are in a panel of their own.
+    """
     figure, (left, right) = _figure(1, 2, (10, 0.45 * len(rows) + 1.8), sharey=True)
-    for place, row in enumerate(rows):
-        left.plot(row.top1, [place] * len(row.top1), "o", color="tab:blue", alpha=0.6)
-        if row.mean is not None:
-            left.plot([row.mean] * 2, [place - 0.3, place + 0.3], color="black")
-        if row.paper_top1 is not None:
-            right.plot(row.paper_top1, place, "D", color="tab:orange")
-    left.set_yticks(range(len(rows)), [_plain(row.name) for row in rows])
+    for place, (_, top1, paper_top1) in enumerate(rows):
+        left.plot(top1, [place] * len(top1), "o", color="tab:blue", alpha=0.6)
+        if top1:
+            left.plot([fmean(top1)] * 2, [place - 0.3, place + 0.3], color="black")
+        if paper_top1 is not None:
+            right.plot(paper_top1, place, "D", color="tab:orange")
+    left.set_yticks(range(len(rows)), [_plain(name) for name, *_ in rows])
     left.invert_yaxis()
     left.set(xlabel="top-1 accuracy (%)", title="here: each seed, and the mean")
     right.set(xlabel="top-1 accuracy (%)", title="the paper")
@@ -101,27 +105,8 @@ def draw_table(rows: Sequence["Summary"], path: Path, *, title: str) -> None:
     _save(figure, path)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> Any:
-    # The object interface, not pyplot: no window, no state, no display needed.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, **options)
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib draws as it is: no formulas, nothing that cannot be encoded."""
-    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
-
-
-def _save(figure: Any, path: Path) -> None:
-    with warnings.catch_warnings(action="ignore"), replacing(path) as file:  # of glyphs that the font has not
-        figure.savefig(file, format="png", dpi=120)
-
-
 def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> None:
-    """Above what the local attention chose, below where the chosen token looks in each stage."""
+    """Above, the shifts that the local attention chose; below, where the chosen token looks in each stage."""
     heads, stages = len(explanation.local), explanation.stages
     columns = max(heads + 4, len(stages) + 1)
     figure, panels = _figure(2, columns, (2.3 * columns, 5.6))
@@ -136,12 +121,12 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
         axes.set_title(label, fontsize=9)
         return axes
 
-    colors = [shift_color(shift, explanation.shifts) for shift in explanation.shifts]
+    colors = [_shift_color(shift, explanation.shifts) for shift in explanation.shifts]
     mean = explanation.local.mean(dim=0)
     axes = show(panels[0, 0], "\n".join(f"{_plain(name)} {100 * share:.1f} %" for name, share in explanation.classes))
     axes.plot(*explanation.point, "+", color="red", markersize=12, markeredgewidth=2)
 
-    # The shift that each patch attends to on average, as an arrow; too many patches for arrows are drawn in blocks.
+    # The mean shift that each patch attends to, as an arrow; where there are too many, one for each block of patches.
     shifts = torch.tensor(explanation.shifts, dtype=torch.float32)
     across, down = torch.einsum("tyx,tc->cyx", mean, shifts)
     step = max(1, len(across) // 16)
@@ -180,10 +165,29 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
     _save(figure, path)
 
 
-def shift_color(shift: tuple[int, int], among: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
-    """Its direction as hue, its length as saturation; no shift is white."""
+def _shift_color(shift: tuple[int, int], shifts: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
+    """The RGB colour of a shift: its direction as hue, its length as saturation; the unshifted variant is white."""
     from matplotlib.colors import hsv_to_rgb
 
-    length = math.hypot(*shift) / max(1.0, *(math.hypot(*other) for other in among))
+    length = math.hypot(*shift) / max(1.0, *(math.hypot(*other) for other in shifts))
     hue = (math.atan2(shift[1], shift[0]) / (2 * math.pi)) % 1
     return tuple(hsv_to_rgb((hue, 0.25 + 0.75 * length if length else 0.0, 0.95)).tolist())
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> Any:
+    # The object interface, not pyplot: no window, no state, no display needed.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib draws literally: without formulas or characters that cannot be encoded."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
+def _save(figure: Any, path: Path) -> None:
+    with warnings.catch_warnings(action="ignore"), replacing(path) as file:  # about glyphs that the font lacks
+        figure.savefig(file, format="png", dpi=120)

@@ -1,5 +1,6 @@
 """Exported graphs in onnxruntime."""
 
-from lsag.inference.session import PROVIDERS, Session
+from lsag.inference.providers import PROVIDERS
+from lsag.inference.session import Session
 
 __all__ = ["PROVIDERS", "Session"]

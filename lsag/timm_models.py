@@ -16,17 +16,17 @@ from lsag.presets import load_preset, preset_names
 
 PRESETS = {f"lsag_{name.replace('-', '_')}": name for name in preset_names()}
 WITHOUT_EFFECT = {"drop_rate": 0.0, "global_pool": "avg"}
-"""Arguments that timm's scripts always give, with the only value that they may have."""
+"""Arguments that timm's scripts always pass, and the only value of each that is accepted."""
 
 
-def _model(name: str) -> ModelConfig:
+def _preset_model(name: str) -> ModelConfig:
     model = load_preset(name).model
     assert isinstance(model, ModelConfig), "the presets of the package are LSAG's"
     return model
 
 
-def _config(name: str) -> dict[str, Any]:
-    model, data = _model(name), load_preset(name).data
+def _pretrained_cfg(name: str) -> dict[str, Any]:
+    model, data = _preset_model(name), load_preset(name).data
     size = model.image_size
     return {
         "input_size": (model.in_channels, size, size),
@@ -42,17 +42,17 @@ def _config(name: str) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({variant: _config(name) for variant, name in PRESETS.items()})
+default_cfgs = generate_default_cfgs({variant: _pretrained_cfg(name) for variant, name in PRESETS.items()})
 
 
 def _build(variant: str, **arguments: Any) -> LSAG:
-    """A model with random weights. ValueError for arguments that LSAG has not, or values that do not fit it."""
+    """A model with random weights. ValueError for arguments that LSAG does not have, or values that do not fit it."""
     changes = {}
     for key, value in arguments.items():
         if key in WITHOUT_EFFECT and value == WITHOUT_EFFECT[key]:
             continue
         if key not in ARGUMENTS:
-            raise UsageError(f"{variant} has no {key}={value!r}", f"it has: {', '.join(ARGUMENTS)}")
+            raise UsageError(f"{variant} does not accept {key}={value!r}", f"it accepts: {', '.join(ARGUMENTS)}")
         if key == "img_size" and isinstance(value, tuple | list):
             if len(set(value)) != 1:
                 raise UsageError(f"{variant} takes square images, not {tuple(value)}", "give one number")
@@ -61,7 +61,7 @@ def _build(variant: str, **arguments: Any) -> LSAG:
     headless = changes.get("num_classes") == 0
     if headless:
         del changes["num_classes"]
-    config = ModelConfig(**{**_model(PRESETS[variant]).model_dump(), **changes})
+    config = ModelConfig(**{**_preset_model(PRESETS[variant]).model_dump(), **changes})
     model = LSAG(config)
     model.in_chans = config.in_channels  # type: ignore[assignment]  # where timm's scripts look for it
     model.feature_info = [  # type: ignore[assignment]
@@ -76,11 +76,11 @@ def _build(variant: str, **arguments: Any) -> LSAG:
 def _register(variant: str) -> None:
     def create(pretrained: bool = False, **arguments: Any) -> LSAG:
         return build_model_with_cfg(
-            lambda **given: _build(variant, **given),
+            lambda **arguments: _build(variant, **arguments),
             variant,
             pretrained,
             feature_cfg={
-                "out_indices": tuple(range(len(_model(PRESETS[variant]).stages))),
+                "out_indices": tuple(range(len(_preset_model(PRESETS[variant]).stages))),
                 "feature_cls": "getter",
             },
             **arguments,

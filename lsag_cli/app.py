@@ -1,4 +1,4 @@
-"""The `lsag` command: its subcommands, and the one line and exit code that any error becomes."""
+"""The `lsag` command: its subcommands, and how an error becomes one line and an exit code."""
 
 import contextlib
 import errno
@@ -73,37 +73,37 @@ def root(
 def main() -> None:
     """Run the command line: exit codes as in docs/errors.md, and for an error one line on stderr."""
     open_streams()
-    # How long an idle thread of OpenMP keeps its core busy; read when libgomp is loaded. By default it is milliseconds,
-    # and with other work on the machine each product waits for threads that wait for cores (docs/benchmarks.md).
+    # How long an idle OpenMP thread keeps its core busy, read when libgomp is loaded. By default that is milliseconds;
+    # with other work on the machine, each product then waits for threads that wait for cores (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, terminate)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until a training listens to it
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until a training handles it
     code = 0
     try:
         code = run()
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # there is nothing left to stop
+            signal.signal(number, signal.SIG_IGN)  # nothing is left to stop
         sys.stdout.flush()
     except (BrokenPipeError, output.ReaderGoneError):
         code = 128 + signal.SIGPIPE
     except OSError as error:
         code = code or fail(f"cannot write to stdout: {error.strerror}", "free space or choose another place", 6)
     if code in (6, 128 + signal.SIGPIPE):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try to flush it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try to flush it again
     if launched() or (code and "RANK" in os.environ):
         leave(code)
     sys.exit(code)
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a command as Ctrl-C does: what it was writing is cleared away."""
+    """SIGTERM ends a command as Ctrl-C does: what it was writing is removed."""
     raise StopRequestedError
 
 
 def open_streams() -> None:
-    """Give a closed stream a place to write to, and let no character be too much for a narrow encoding."""
+    """Replace closed streams by the null device, and escape characters that the encoding of a stream lacks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -115,10 +115,10 @@ def open_streams() -> None:
 
 
 def run() -> int:
-    """The exit code of the command in argv; an error has been told."""
+    """Run the command in argv; its exit code. An error has been reported by then."""
     try:
         code = typer.main.get_command(app).main(prog_name="lsag", standalone_mode=False) or 0
-        return fail("interrupted", "", code) if code == 128 + signal.SIGINT else code  # typer takes Ctrl-C for itself
+        return fail("interrupted", "", code) if code == 128 + signal.SIGINT else code  # typer handles Ctrl-C itself
     except LsagError as error:
         code = fail(error.what, error.fix, error.exit_code, consequence=isinstance(error, PeerLostError))
         if isinstance(error, WorkerError | InterruptedByUserError | TerminatedError):
@@ -137,7 +137,7 @@ def run() -> int:
             raise
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return fail(f"the path {str(error.filename)[:100]}... is too long", "choose a shorter one", 2)
-        # torch is not imported for its names: OutOfMemoryError on a GPU, a RuntimeError of its allocator on the CPU.
+        # By name, so that torch is not imported: OutOfMemoryError on a GPU, its allocator's RuntimeError on the CPU.
         if (
             isinstance(error, MemoryError)
             or "OutOfMemory" in type(error).__name__
@@ -148,7 +148,7 @@ def run() -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End at once. A data worker or a rank that died or stands still may be waited for without end in a destructor."""
+    """Exit at once: a destructor might wait for ever for a data worker or a rank that has died or hangs."""
     from multiprocessing import active_children
 
     for worker in active_children():
@@ -159,21 +159,21 @@ def leave(code: int) -> NoReturn:
 
 
 def bug(error: Exception) -> int:
-    """An error that nobody foresaw, with the traceback in a file."""
+    """Report an unforeseen error, with its traceback in a file."""
     folder = Path(os.environ.get("TMPDIR", "/tmp"))
     path = folder / f"lsag-crash-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.log"
     what = f"a bug in lsag: {type(error).__name__}: {error}"
     try:
         path.write_text(traceback.format_exc(), encoding="utf-8")
     except OSError:
-        return fail(what, "please report it, with what lsag --debug shows", 70)
+        return fail(what, "please report it with the output of lsag --debug", 70)
     return fail(what, f"please report it with {path}", 70)
 
 
 def fail(what: str, fix: str, code: int, *, consequence: bool = False) -> int:
-    """Say in one line what went wrong and what to do; in the JSON object too where one was asked for.
+    """Say in one line what went wrong and what to do, and in the JSON object if one was asked for; returns `code`.
 
-    A rank of a training tells its launcher instead, which speaks for all of them, and ends well when it was stopped.
+    A rank of a training tells its launcher instead, which speaks for all ranks; stopped by a signal, it returns 0.
     """
     what, fix = " ".join(what.split()), " ".join(fix.split())
     if launched():

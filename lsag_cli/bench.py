@@ -7,8 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lsag import config
 from lsag.errors import UsageError
-from lsag_cli.options import Device, Force, Json, Recompute, leaving_at_once, refuse_existing
+from lsag_cli.options import (
+    BatchSize,
+    Device,
+    Force,
+    Json,
+    OldBatch,
+    Precision,
+    Recompute,
+    loading,
+    refuse_existing,
+    renamed,
+)
 from lsag_cli.output import giga, is_terminal, mega, percent, print_json, say, say_table, stderr, table
 
 if TYPE_CHECKING:
@@ -35,51 +47,52 @@ def bench(
         list[str] | None,
         typer.Argument(
             help="Presets, checkpoints, .onnx files (host:FILE counts copies), timm:NAME, plain:PRESET (the released "
-            "formulation), compiled:PRESET; presets and timm's names may have settings, as NAME,KEY=VALUE. The first "
-            "is the measure of the others.",
+            "formulation), compiled:PRESET; presets and timm's names may have settings, as NAME,KEY=VALUE. Ratios are "
+            "to the first.",
             show_default=" ".join(DEFAULT),
         ),
     ] = None,
     peers: Annotated[
-        bool, typer.Option("--peers", help="The presets of Table 2 beside their peers in the paper's Tables 3 and 4.")
+        bool,
+        typer.Option("--peers", help="Measure Table 2's presets beside their peers in the paper's Tables 3 and 4."),
     ] = False,
     mode: Annotated[
-        Literal["inference", "training"], typer.Option(help="A forward pass, or a whole training step.")
+        Literal["inference", "training"], typer.Option(help="Measure a forward pass, or a whole training step.")
     ] = "inference",
-    batch: Annotated[int, typer.Option("--batch", min=1, max=65_536, help="Images at a time.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="How often the contenders take turns.")] = 10,
-    dtype: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Of matrix products; auto as in lsag train.")
-    ] = "auto",
+    batch_size: BatchSize = 8,
+    batch: OldBatch = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of times that the contenders take turns.")] = 10,
+    precision: Precision = "auto",
+    dtype: Annotated[config.Precision | None, typer.Option("--dtype", hidden=True)] = None,
     device: Device = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the models with torch.compile.")] = False,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=4_096, help="Threads of the CPU for each contender.", show_default="by the machine"),
+        typer.Option(min=1, max=4_096, help="CPU threads for each contender.", show_default="by the machine"),
     ] = None,
     system_allocator: Annotated[
         bool,
-        typer.Option(
-            "--system-allocator", help="Leave the memory allocator as other programs have it, for all of them."
-        ),
+        typer.Option("--system-allocator", help="Use the system's default memory allocator for all contenders."),
     ] = False,
     recompute: Recompute = "none",
-    plot: Annotated[Path | None, typer.Option(help="Draw the images per second as bars, a PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the images per second as a bar chart (PNG).")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Measure models side by side: images/s, latency, memory, share of the matrix-product rate."""
+    batch_size = renamed(batch, "--batch", "--batch-size", batch_size)
+    precision = renamed(dtype, "--dtype", "--precision", precision)
     if plot and plot.suffix.lower() != ".png":
-        raise UsageError(f"--plot {plot} does not end in .png", "give a file of that kind")
+        raise UsageError(f"--plot {plot} does not end in .png", "choose a name that does")
     if plot:
         refuse_existing(plot, force, option="--plot")
     if peers and contenders:
-        raise UsageError("--peers brings its own contenders", "leave the others away")
+        raise UsageError("--peers brings its own contenders", "remove the others")
     if recompute != "none" and mode == "inference":
         raise UsageError("--recompute is for training", "add --mode training")
     if len(set(contenders or ())) < len(contenders or ()):
-        raise UsageError("a contender is named twice", "name each once")
-    with leaving_at_once():
+        raise UsageError("a contender is named twice", "name each only once")
+    with loading():
         from rich.progress import Progress
 
         from lsag.bench import PEERS
@@ -94,9 +107,9 @@ def bench(
             measured[group] = run(
                 list(specs),
                 mode=mode,
-                batch_size=batch,
+                batch_size=batch_size,
                 device=device,
-                precision=dtype,
+                precision=precision,
                 compile=compile,
                 recompute=recompute,
                 threads=threads,
@@ -105,22 +118,25 @@ def bench(
                 on_round=lambda done, task=task: bar.update(task, completed=done),  # type: ignore[misc]
             )
     if plot:
-        draw_bench(measured, plot, title=f"{mode}, batch {batch}")
+        speeds = {}
+        for group, found in measured.items():
+            speeds[group] = {result.name: result.images_per_second for result in found.results}
+        draw_bench(speeds, plot, title=f"{mode}, batch {batch_size}, {found.dtype} on {found.device}")
     if as_json:
         figures = [{"group": group, **asdict(found)} for group, found in measured.items()]
         return print_json(
             "bench",
             mode=mode,
-            batch_size=batch,
+            batch_size=batch_size,
             compile=compile,
             recompute=recompute,
             system_allocator=system_allocator,
             groups=figures,
         )
     for group, found in measured.items():
-        how = f"{mode}, batch {batch}, {found.dtype}{', compiled' if compile else ''}"
-        how += "" if recompute == "none" else f", {recompute} recomputed"
-        how += ", the system's allocator" if system_allocator else ""
+        how = f"{mode}, batch {batch_size}, {found.dtype}{', compiled' if compile else ''}"
+        how += "" if recompute == "none" else f", recompute {recompute}"
+        how += ", system allocator" if system_allocator else ""
         where = f"{found.device}, {found.threads} threads, matrix products {giga(found.matrix_rate)}MACs/s"
         shown = table(*COLUMNS, *(["paper's\nimg/s"] if peers else []), title=f"{group} {how} on {where}".lstrip())
         for result in found.results:
@@ -128,8 +144,8 @@ def bench(
             shown.add_row(*cells(result), *([f"{paper:,.1f}" if paper else "-"] if peers else []))
         say_table(shown)
     say(
-        "ratio: of img/s to the first. of matmul: MACs/s over the rate of matrix products in the same run. "
-        "memory: of tensors; libraries not."
+        "ratio: img/s over the first contender's. of matmul: MACs/s over the rate of matrix products in the same run. "
+        "memory: peak of tensors, without libraries."
     )
     if plot:
         say(f"drawn: {plot}")

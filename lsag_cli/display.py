@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from lsag.training.events import Epoch, Started, Step
 
 LINE_SECONDS = 60
-"""Where stderr is no terminal, a line of progress appears at least so often."""
+"""Time between two lines of progress if stderr is not a terminal."""
 
 
 class Display:
-    """Progress of a training on stderr: a live bar on a terminal, elsewhere a plain line for each epoch or minute."""
+    """Progress of a training on stderr: a live bar on a terminal, else a plain line for each epoch and each minute."""
 
     def __init__(self, started: "Started", *, tensorboard: bool) -> None:
         self.epochs, self.steps = started.preset.train.epochs, started.steps_per_epoch
@@ -27,7 +27,7 @@ class Display:
             f"{started.preset.name}: {mega(started.parameters)} parameters on "
             f"{f'{started.ranks} x ' if started.ranks > 1 else ''}{started.device}{cut}, "
             f"{started.train_images:,} training and {started.eval_images:,} evaluation images, "
-            f"{self.epochs} epochs of {self.steps} steps; writing to {started.out}"
+            f"{counted(self.epochs, 'epoch')} of {counted(self.steps, 'step')}; writing to {started.out}"
         )
         for line in started.notes:
             note(line)
@@ -73,7 +73,7 @@ class Display:
                 self.writer.add_scalar(f"epoch/{name}", getattr(event, name), event.epoch)
 
     def left(self, steps_done: int) -> str:
-        """The time that remains, if it goes on as it went so far."""
+        """The time that remains at the speed so far."""
         elapsed, done = time.monotonic() - self.begin, max(steps_done - self.first_step, 1)
         return duration(elapsed / done * (self.epochs * self.steps - steps_done))
 
@@ -85,10 +85,15 @@ class Display:
 
 
 def tensorboard_writer(started: "Started") -> Any:
-    """A SummaryWriter for the run, which drops what an earlier life of it wrote of later steps."""
+    """A SummaryWriter for the run; it drops what was written of steps after the one that is resumed."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(started.out / "tensorboard", purge_step=started.first_step or None)
+
+
+def counted(number: int, noun: str) -> str:
+    """1, "slice" -> "1 slice"; 2, "slice" -> "2 slices"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def duration(seconds: float) -> str:

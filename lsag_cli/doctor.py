@@ -1,38 +1,39 @@
 """lsag doctor"""
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from lsag.errors import UnavailableError
-from lsag_cli.options import DataDir, Json, data_dir_or_default, leaving_at_once
-from lsag_cli.output import print_json, say
+from lsag.inference.doctor import Purpose
+from lsag.runs import RUNS
+from lsag_cli.options import DataDir, Json, data_dir_or_default, loading
+from lsag_cli.output import erase_status, print_json, say, show_status
 
 
 def doctor(
     purpose: Annotated[
-        Literal["train", "gpu-inference"] | None,
-        typer.Option("--for", help="End with exit code 4 if this will not work here."),
+        Purpose | None,
+        typer.Option("--for", help="Exit with code 4 if this will not work here."),
     ] = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Say what works on this machine: Python, torch, GPUs, onnxruntime and its providers, datasets, disk."""
-    with leaving_at_once():
+    """Check what works here, and how to fix the rest: Python, torch, GPUs, onnxruntime, datasets, disk."""
+    with loading("examining this machine"):
         from lsag.inference.doctor import examine
 
         findings = []
-        for finding in examine(data_dir_or_default(data_dir), Path("runs")):
+        for finding in examine(data_dir_or_default(data_dir), RUNS):
             findings.append(finding)
             if not as_json:
-                concerns = purpose in finding.prevents if purpose else "train" in finding.prevents
+                concerns = (purpose or "train") in finding.prevents
+                erase_status()
                 say(f"{'!' if finding.problem and concerns else ' '} {finding.name:26} {finding.value}")
-    wrong = [finding for finding in findings if purpose in finding.prevents]
+                show_status("examining this machine ...")
     error = None
-    if wrong:
-        first = wrong[0]
+    if first := next((finding for finding in findings if purpose in finding.prevents), None):
         error = UnavailableError(f"{purpose} will not work here: {first.name}: {first.problem}", first.fix)
     if as_json:
         shown = [asdict(finding) for finding in findings]
@@ -41,7 +42,7 @@ def doctor(
     else:
         for finding in findings:
             if finding.problem and finding.fix:
-                for_whom = " (matters on a GPU only)" if finding.prevents == ("gpu-inference",) else ""
-                say(f"{finding.name}: {finding.problem}{for_whom} — {finding.fix}")
+                scope = " (matters only on a GPU)" if finding.prevents == ("gpu-inference",) else ""
+                say(f"{finding.name}: {finding.problem}{scope} — {finding.fix}")
     if error:
         raise error

@@ -4,24 +4,28 @@ import csv
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lsag.config import check_dataset
 from lsag.errors import OutputError, UsageError
 from lsag.files import replacing
 from lsag_cli.options import (
+    BatchSize,
     DataDir,
     Dataset,
     Device,
     Force,
     Json,
     NoDownload,
+    Precision,
     Profile,
     Provider,
     Workers,
-    check_provider,
+    check_options,
     data_dir_or_default,
+    loading,
     nodes_line,
     note_fallback,
     refuse_existing,
@@ -33,39 +37,39 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or an exported .onnx file.", show_default=False)],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or an exported .onnx graph.", show_default=False)],
     dataset: Dataset = None,
     data_dir: DataDir = None,
     device: Device = "auto",
     provider: Provider = None,
+    precision: Precision = "auto",
     profile: Profile = False,
-    batch_size: Annotated[
-        int, typer.Option(min=1, max=65_536, help="Images at a time; changes nothing but speed.")
-    ] = 256,
+    batch_size: BatchSize = 256,
     workers: Workers = None,
     no_download: NoDownload = False,
     plot: Annotated[
         Path | None,
-        typer.Option(help="The confusion matrix, a PNG.", show_default="beside CHECKPOINT, renewed each time"),
+        typer.Option(help="PNG file of the confusion matrix.", show_default="beside CHECKPOINT, overwritten"),
     ] = None,
-    predictions: Annotated[
-        Path | None, typer.Option(help="Write image, label and prediction to this CSV file.")
-    ] = None,
+    predictions: Annotated[Path | None, typer.Option(help="CSV file of each image's label and prediction.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a model: loss, top-1, top-5, accuracy of each class, confusion matrix."""
+    """Evaluate a model: loss, top-1, top-5, per-class accuracy, confusion matrix."""
     for option, path, suffix in (("--plot", plot, ".png"), ("--predictions", predictions, ".csv")):
         if path and path.suffix.lower() != suffix:
-            raise UsageError(f"{option} {path} does not end in {suffix}", "give a file of that kind")
+            raise UsageError(f"{option} {path} does not end in {suffix}", f"choose a {suffix} file")
         if path:
             refuse_existing(path, force, source=checkpoint, option=option)
-    check_provider(checkpoint, provider, profile)
+    check_options(checkpoint, device=device, provider=provider, precision=precision, profile=profile)
+    if dataset is not None:
+        check_dataset(dataset)
+    with loading():
+        from rich.progress import MofNCompleteColumn, Progress
 
-    from rich.progress import MofNCompleteColumn, Progress
-
-    from lsag.inference.evaluate import evaluate_file
-    from lsag.plots import draw_confusion
+        from lsag.inference.evaluate import evaluate_file
+        from lsag.inference.session import Session
+        from lsag.plots import draw_confusion
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=stderr(), transient=True, disable=not is_terminal(sys.stderr)) as bar:
@@ -76,35 +80,36 @@ def evaluate(
             data_dir=data_dir_or_default(data_dir),
             device=device,
             provider=provider,
+            precision=precision,
             batch_size=batch_size,
             workers=workers,
             download=not no_download,
             on_batch=lambda images: bar.advance(task, images),
         )
-    note_fallback(result.session)
-    metrics = result.metrics
+    metrics, model = result.metrics, result.model
+    note_fallback(model)
+    nodes = model.nodes_by_provider() if profile and isinstance(model, Session) else None
     plot = plot or checkpoint.with_name(f"{checkpoint.name.replace('.', '-')}-{result.dataset}-confusion.png")
     failure = None
     try:
         if predictions:
             write_predictions(result, predictions)
-        title = f"{result.preset.name} on {result.dataset}: {percent(metrics.top1)}"
-        draw_confusion(metrics.confusion, result.classes, plot, title=title)
-    except OutputError as error:  # the figures are shown all the same
+        title = f"{model.preset.name} on {result.dataset}: {percent(metrics.top1)}"
+        draw_confusion(metrics.confusion, model.classes, plot, title=title)
+    except OutputError as error:  # raised after the figures are shown
         failure = error
     if as_json:
-        per_class = dict(zip(result.classes, metrics.per_class(), strict=True))
+        per_class = dict(zip(model.classes, metrics.per_class(), strict=True))
         figures = {"images": metrics.count, "loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
-        where: dict[str, Any] = {"checkpoint": str(checkpoint), "dataset": result.dataset, "device": result.device}
+        source = {"checkpoint": str(checkpoint), "dataset": result.dataset, "device": model.device_name}
         counts = {"per_class": per_class, "confusion": metrics.confusion.tolist()}
-        if result.session and profile:
-            where["nodes"] = result.session.nodes_by_provider()
+        profiled = {"nodes": nodes} if nodes else {}
         files = {"error": {"code": failure.exit_code, "message": str(failure)}} if failure else {"plot": str(plot)}
-        print_json("eval", **where, **figures, **counts, **files)
+        print_json("eval", **source, **figures, **counts, **profiled, **files)
     else:
         show(result)
-        if result.session and profile:
-            say(nodes_line(result.session))
+        if nodes:
+            say(nodes_line(nodes))
         if failure is None:
             note(f"confusion matrix: {plot}")
     if failure:
@@ -112,29 +117,30 @@ def evaluate(
 
 
 def show(result: "Evaluation") -> None:
-    """The figures, and a table of the classes (the twenty worst where there are more than thirty)."""
-    metrics = result.metrics
+    """Print the figures, and a table of the classes (of more than thirty only the twenty worst)."""
+    metrics, classes = result.metrics, result.model.classes
     rows = sorted(
-        zip(result.classes, metrics.per_class(), metrics.confusion.sum(dim=1).tolist(), strict=True),
+        zip(classes, metrics.per_class(), metrics.confusion.sum(dim=1).tolist(), strict=True),
         key=lambda row: (row[1] is None, row[1]),
     )
     many = len(rows) > 30
     shown = table("class", "images", "correct", title=f"the 20 worst of {len(rows)} classes" if many else None)
-    order = {name: index for index, name in enumerate(result.classes)}
+    order = {name: index for index, name in enumerate(classes)}
     for name, share, images in rows[:20] if many else sorted(rows, key=lambda row: order[row[0]]):
         shown.add_row(name, f"{images:,}", percent(share))
     say_table(shown)
-    say(f"{result.preset.name} on {result.dataset}, {metrics.count:,} images, {result.device}")
+    say(f"{result.model.preset.name} on {result.dataset}, {metrics.count:,} images, {result.model.device_name}")
     say(f"top-1 {percent(metrics.top1)}   top-5 {percent(metrics.top5)}   loss {metrics.loss:.4f}")
 
 
 def write_predictions(result: "Evaluation", path: Path) -> None:
-    """One line for each image: its name, its class and the predicted class."""
+    """Write a line for each image: its name, its label and the predicted class."""
+    classes = result.model.classes
     labels, predicted = result.metrics.labels.tolist(), result.metrics.predictions.tolist()
     with replacing(path) as binary:
         file = io.TextIOWrapper(binary, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
         writer = csv.writer(file)
         writer.writerow(["image", "label", "predicted"])
-        for name, label, guess in zip(result.images, labels, predicted, strict=True):
-            writer.writerow([name, result.classes[label], result.classes[guess]])
+        for name, label, prediction in zip(result.images, labels, predicted, strict=True):
+            writer.writerow([name, classes[label], classes[prediction]])
         file.detach()

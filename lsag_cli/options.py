@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 import contextlib
 import os
@@ -6,18 +6,24 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from lsag import config
 from lsag.config import Preset, parse_overrides
 from lsag.distributed.launch import launched
 from lsag.errors import OutputError, UsageError
+from lsag.inference import providers
+from lsag.inference.providers import check_model
 from lsag.presets import load_preset, preset_names
-from lsag_cli.output import note
+from lsag_cli.output import erase_status, note, status
 
 if TYPE_CHECKING:
+    from lsag.inference.classifier import Classifier
     from lsag.inference.session import Session
+
+T = TypeVar("T")
 
 
 def complete_preset(incomplete: str) -> list[str]:
@@ -41,7 +47,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         metavar="timm:NAME[,KEY=VALUE...]",
-        help="Instead of the preset's network one of timm's, under its recipe (docs/baselines.md).",
+        help="Replace the preset's network by a timm model, with the same recipe (docs/baselines.md).",
     ),
 ]
 Dataset = Annotated[
@@ -51,46 +57,71 @@ Dataset = Annotated[
         show_default="the preset's",
     ),
 ]
-DataDir = Annotated[Path | None, typer.Option(help="Where the data is.", show_default="$LSAG_DATA, or ./data")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder of the data.", show_default="$LSAG_DATA, or ./data")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Provider = Annotated[
-    Literal["auto", "cpu", "cuda", "tensorrt"] | None,
+    providers.Provider | None,
     typer.Option(
-        help="For .onnx graphs: where they run, there or not at all; auto may take the CPU, and says so.",
-        show_default="auto",
+        help="For .onnx graphs: execution provider; auto falls back to the CPU with a warning.", show_default="auto"
     ),
 ]
-Profile = Annotated[bool, typer.Option("--profile", help="For .onnx graphs: how many nodes ran on which provider.")]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="For .onnx graphs: show the number of nodes on each execution provider.")
+]
 Workers = Annotated[
-    int | None, typer.Option(min=0, help="Processes that prepare images.", show_default="by the machine")
+    int | None,
+    typer.Option(min=0, help="Number of processes that load images.", show_default="depends on the machine"),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, max=65_536, help="Images per batch.")]
+OldBatch = Annotated[int | None, typer.Option("--batch", min=1, max=65_536, hidden=True)]
+Precision = Annotated[
+    config.Precision,
+    typer.Option("--precision", help="Of matrix products; auto is bf16 on GPUs (fp16 on old ones), fp32 elsewhere."),
 ]
 Recompute = Annotated[
-    Literal["none", "local", "all"],
-    typer.Option(help="Less memory: compute the local block, or all blocks, once more in the backward."),
+    config.Recompute,
+    typer.Option(help="Save memory: recompute the local block, or all blocks, in the backward pass."),
 ]
-NoDownload = Annotated[bool, typer.Option("--no-download", help="Never fetch a dataset.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+NoDownload = Annotated[bool, typer.Option("--no-download", help="Do not download a missing dataset.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
 @contextlib.contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """While this lasts, SIGINT and SIGTERM end the process with a line and no more: for imports, which take seconds.
+def loading(text: str = "loading PyTorch") -> Iterator[None]:
+    """Around slow imports: a terminal shows `text`, and SIGINT and SIGTERM end the process at once.
 
-    An exception that is raised in the middle of them may end up anywhere.
+    An exception raised by a signal in the middle of an import may surface anywhere, or nowhere.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if not launched():  # the launcher says it
+        if not launched():  # the launcher reports it
+            erase_status()
             os.write(2, f"lsag: error: stopped by {signal.Signals(number).name} before it began\n".encode())
         os._exit(128 + number)
 
     previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        with status(text):
+            yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+leaving_at_once = loading  # the old name, until every command uses the new one
+
+
+def renamed(value: T | None, old: str, new: str, default: T) -> T:
+    """The value of an option, also under its old, hidden name, which works for one more release with a note on stderr.
+
+    `value` is what was given with `old` (None: it was not), `default` the value of the option that replaces it:
+    `batch_size = renamed(batch, "--batch", "--batch-size", batch_size)`.
+    """
+    if value is None:
+        return default
+    note(f"{old} is now {new}")
+    return value
 
 
 def data_dir_or_default(data_dir: Path | None) -> Path:
@@ -99,22 +130,22 @@ def data_dir_or_default(data_dir: Path | None) -> Path:
 
 
 def read_preset(name: str, overrides: list[str] | None, dataset: str | None = None, model: str | None = None) -> Preset:
-    """The preset on `dataset` and with `model` for its network, with the `--set` options applied last."""
+    """The preset with another `dataset` or network (`model`, timm:NAME), and the `--set` options applied last."""
     if model is not None and not model.startswith("timm:"):
-        raise UsageError(f"--model {model} is not timm:NAME", "one of ours is chosen with --preset")
+        raise UsageError(f"--model {model} is not timm:NAME", "choose an LSAG with --preset")
     changes = parse_overrides(overrides or ())
     if model and "model.timm" in changes:
-        raise UsageError("--model and --set model.timm name two networks", "give one of them")
+        raise UsageError("--model and --set model.timm name two networks", "remove one of them")
     return load_preset(name, changes, dataset=dataset, timm=model.removeprefix("timm:") if model else None)
 
 
 def refuse_existing(out: Path, force: bool, *, source: Path | None = None, option: str = "--out") -> None:
-    """OutputError for a file that must not or cannot be written; also with `force` if it is the `source` itself.
+    """OutputError unless `out` can be written: it exists without `force`, is the `source` itself, or has no folder.
 
-    `option` is the one that names it.
+    `option` is the name of the option to blame.
     """
     if source and out.exists() and source.exists() and out.samefile(source):
-        raise OutputError(f"{out} is the file that is read", f"choose another {option}")
+        raise OutputError(f"{out} is the input file", f"choose another {option}")
     if out.exists() and not out.is_file():
         raise OutputError(f"cannot write {out}: it is not a regular file", "choose another name")
     if not force and (out.exists() or out.is_symlink()):
@@ -123,24 +154,22 @@ def refuse_existing(out: Path, force: bool, *, source: Path | None = None, optio
         raise OutputError(f"cannot write {out}: there is no folder {out.parent}", "create the folder first")
 
 
-def check_provider(model: Path, provider: str | None, profile: bool) -> None:
+def check_options(
+    model: Path, *, device: str, provider: str | None, precision: config.Precision, profile: bool
+) -> None:
     """Refuse what the machine or the kind of `model` rules out, before anything slow is imported."""
-    if model.suffix != ".onnx" and (provider or profile):
-        raise UsageError(f"--{'provider' if provider else 'profile'} is for .onnx graphs", "lsag export CKPT --onnx")
-    if model.suffix == ".onnx" and provider in ("cuda", "tensorrt"):
-        from lsag.inference.providers import check_driver
-
-        check_driver(provider)
+    if profile and model.suffix != ".onnx":
+        raise UsageError("--profile is for .onnx graphs", "lsag export CKPT --onnx")
+    check_model(model, device=device, provider=provider, precision=precision)
 
 
-def note_fallback(session: "Session | None") -> None:
+def note_fallback(model: "Classifier | Session") -> None:
     """A line on stderr for a graph that runs on the CPU because CUDA did not load."""
-    if session and session.fallback_reason:
-        note(f"on the CPU: {session.fallback_reason}")
+    if reason := getattr(model, "fallback_reason", ""):
+        note(f"running on the CPU ({reason})")
 
 
-def nodes_line(session: "Session") -> str:
-    """How many nodes of a graph ran on which provider."""
-    nodes = session.nodes_by_provider()
+def nodes_line(nodes: dict[str, int]) -> str:
+    """The number of nodes of a graph that ran on each provider."""
     total = sum(nodes.values())
     return "nodes: " + ", ".join(f"{count} of {total} on {name}" for name, count in nodes.items())

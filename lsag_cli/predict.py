@@ -14,63 +14,68 @@ import typer
 from lsag.errors import InputError, UsageError
 from lsag.files import replacing
 from lsag_cli.options import (
+    BatchSize,
     Device,
     Force,
     Json,
+    Precision,
     Profile,
     Provider,
-    check_provider,
-    leaving_at_once,
+    check_options,
+    loading,
     nodes_line,
     note_fallback,
     refuse_existing,
 )
-from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, table, visible
+from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, status, stderr, table, visible
 
 if TYPE_CHECKING:
     from lsag.inference.predict import Prediction
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(help="A checkpoint, or an exported .onnx file.", show_default=False)],
-    images: Annotated[list[str], typer.Argument(help="Image files, folders, or patterns.", show_default=False)],
-    top_k: Annotated[int, typer.Option(min=1, help="So many classes for each image.")] = 5,
+    model: Annotated[Path, typer.Argument(help="A checkpoint or an exported .onnx graph.", show_default=False)],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders or patterns.", show_default=False)],
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 5,
     device: Device = "auto",
     provider: Provider = None,
+    precision: Precision = "auto",
     profile: Profile = False,
-    batch_size: Annotated[int, typer.Option(min=1, max=65_536, help="Images at a time.")] = 64,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a CSV file instead of the table.")] = None,
+    batch_size: BatchSize = 64,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a CSV file instead of a table.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a model takes images for. An image that cannot be read is a row with the reason."""
+    """Classify images. Unreadable images are listed with the reason."""
     if csv_file and csv_file.suffix.lower() != ".csv":
-        raise UsageError(f"--csv {csv_file} does not end in .csv", "give a file of that kind")
+        raise UsageError(f"--csv {csv_file} does not end in .csv", "choose a .csv file")
     if csv_file:
         refuse_existing(csv_file, force, source=model, option="--csv")
-    check_provider(model, provider, profile)
-    paths = list(find_images(images))
-
-    with leaving_at_once():
+    check_options(model, device=device, provider=provider, precision=precision, profile=profile)
+    with loading():
+        paths = list(find_images(images))
         from rich.progress import MofNCompleteColumn, Progress
 
         from lsag.inference.classifier import open_model
         from lsag.inference.predict import predict as run
+        from lsag.inference.session import Session
 
-    opened = open_model(model, device=device, provider=provider)
-    note_fallback(opened.session)
+    with status("opening the model"):
+        classifier = open_model(model, device=device, provider=provider, precision=precision)
+    note_fallback(classifier)
     found: list[Prediction] = []
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=stderr(), transient=True, disable=not is_terminal(sys.stderr)) as bar:
-        for prediction in bar.track(run(opened, paths, top_k=top_k, batch_size=batch_size), total=len(paths)):
+        for prediction in bar.track(run(classifier, paths, top_k=top_k, batch_size=batch_size), total=len(paths)):
             found.append(prediction)
     broken = sum(bool(prediction.error) for prediction in found)
     if broken == len(found):
         raise InputError(
-            f"none of the {broken} images could be read: {found[0].image}: {found[0].error}", "see the files"
+            f"none of the {broken} images could be read: {found[0].image}: {found[0].error}", "check the files"
         )
     if csv_file:
-        write_csv(found, csv_file, columns=min(top_k, len(opened.classes)))
+        write_csv(found, csv_file, columns=min(top_k, len(classifier.classes)))
+    nodes = classifier.nodes_by_provider() if profile and isinstance(classifier, Session) else None
     if as_json:
         rows = [
             {"image": str(one.image), "error": one.error}
@@ -78,19 +83,19 @@ def predict(
             else {"image": str(one.image), "classes": one.classes, "probabilities": one.probabilities}
             for one in found
         ]
-        nodes = {"nodes": opened.session.nodes_by_provider()} if opened.session and profile else {}
-        return print_json("predict", model=str(model), device=opened.where, predictions=rows, **nodes)
+        profiled = {"nodes": nodes} if nodes else {}
+        return print_json("predict", model=str(model), device=classifier.device_name, predictions=rows, **profiled)
     if not csv_file:
         show(found)
-    say(f"{len(found) - broken:,} images, {opened.where}{f'; {csv_file}' if csv_file else ''}")
-    if opened.session and profile:
-        say(nodes_line(opened.session))
+    say(f"{len(found) - broken:,} images, {classifier.device_name}{f'; {csv_file}' if csv_file else ''}")
+    if nodes:
+        say(nodes_line(nodes))
     if broken:
         note(f"{broken:,} of {len(found):,} images could not be read")
 
 
 def find_images(given: Sequence[str]) -> Iterator[Path]:
-    """Files as they are named, the images below folders in order, and what patterns match. InputError for nothing."""
+    """The named files, the images below folders in order, and the matches of patterns. InputError if there are none."""
     names: Iterator[str]
     for name in given:
         if Path(name).is_dir():
@@ -107,7 +112,7 @@ def find_images(given: Sequence[str]) -> Iterator[Path]:
 
 
 def images_below(folder: str) -> Iterator[str]:
-    """The image files in a folder and those in it, in alphabetical order."""
+    """The image files in a folder and its subfolders, in alphabetical order."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     for path, folders, files in os.walk(folder):
@@ -118,7 +123,7 @@ def images_below(folder: str) -> Iterator[str]:
 
 
 def show(found: "Sequence[Prediction]") -> None:
-    """A row for each image: its likeliest class, and the others behind it."""
+    """Print a row for each image: its likeliest class, then the next ones."""
     shown = table("image", "class", "probability", "next")
     for one in found:
         if one.error:
@@ -130,7 +135,7 @@ def show(found: "Sequence[Prediction]") -> None:
 
 
 def write_csv(found: "Sequence[Prediction]", path: Path, *, columns: int) -> None:
-    """A line for each image: its name, the reason if it could not be read, and class and probability by rank."""
+    """Write a line for each image: its name, why it is unreadable if it is, and class and probability by rank."""
     with replacing(path) as binary:
         file = io.TextIOWrapper(binary, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
         writer = csv.writer(file)

@@ -244,5 +244,6 @@ def report(table: int, runs: Sequence[Run], out: Path, scale: Scale) -> list[Sum
         with replacing(out / f"table-{table}{suffix}") as file:
             file.write(text.encode())
     if any(item.top1 for item in summaries):
-        draw_table(summaries, out / f"table-{table}.png", title=title)
+        rows = [(item.name, item.top1, item.paper_top1) for item in summaries]
+        draw_table(rows, out / f"table-{table}.png", title=title)
     return summaries

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lsag import LSAG, load_checkpoint, load_preset
-from lsag.checkpoint import Checkpoint, initialise_from, random_checkpoint, save_checkpoint, save_safetensors
+from lsag.checkpoint import Checkpoint, random_checkpoint, save_checkpoint, save_safetensors
 from lsag.errors import InputError, OutputError
 from lsag.files import replacing
+from lsag.training.begin import initialise_from
 from tests.conftest import ABLATIONS, images, randomise, small_config
 
 
@@ -156,11 +157,14 @@ def test_bombs_and_foreign_files_are_refused(tmp_path, saved):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda c: c["model"].pop("head.bias"), "head.bias is missing"),
-        (lambda c: c["model"].update(extra=torch.zeros(1)), "extra is unknown"),
-        (lambda c: c["model"].update({"head.bias": torch.zeros(3)}), "head.bias is torch.float32 (3,)"),
-        (lambda c: c["model"].update({"head.bias": torch.zeros(10).half()}), "torch.float16"),
-        (lambda c: c["model"]["head.bias"].fill_(float("nan")), "head.bias is not finite"),
+        (lambda c: c["model"].pop("head.bias"), "1 missing: head.bias"),
+        (lambda c: c["model"].update(extra=torch.zeros(1)), "1 unknown: extra"),
+        (
+            lambda c: c["model"].update({"head.bias": torch.zeros(3)}),
+            "head.bias is float32 3, the model has float32",
+        ),
+        (lambda c: c["model"].update({"head.bias": torch.zeros(10).half()}), "head.bias is float16 10"),
+        (lambda c: c["model"]["head.bias"].fill_(float("nan")), "1 not finite: head.bias"),
         (lambda c: c["preset"]["model"].update(num_classes=9), "classes"),
         (lambda c: c["preset"].pop("model"), "model is missing"),
         (lambda c: c.update(classes=3), "not hold what its format promises"),

@@ -123,7 +123,7 @@ def test_weights_of_another_model_are_refused():
     config = small_config()
     released = released_layout(LSAG(config))
     other = config.model_copy(update={"num_classes": 9})
-    with pytest.raises(InputError, match=r"head.weight is 7 x 16, the model has 9 x 16"):
+    with pytest.raises(InputError, match=r"head.weight is float32 7 x 16, the model has float32 9 x 16"):
         from_released(released, other)
     del released["norm.bias"]
     released["cls_token"] = torch.zeros(1)

@@ -1,6 +1,8 @@
 """lsag's models where other tools expect them: timm, safetensors, Hugging Face's hub."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -17,7 +19,7 @@ from lsag.checkpoint import Checkpoint, random_checkpoint, save_checkpoint, save
 from lsag.data.transforms import Normalize
 from lsag.errors import InputError, UsageError
 from lsag.hub import Classifier
-from tests.conftest import assert_refused
+from tests.conftest import ROOT, assert_refused
 
 SMALL = "lsag_cifar_nano"
 
@@ -67,11 +69,20 @@ def test_features_are_those_of_the_stages():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_timm_is_imported_only_where_it_is_used():
+    script = (
+        "import sys, torch; from lsag import LSAG, load_preset; import lsag.data.transforms\n"
+        "model = LSAG(load_preset('cifar-nano').model); model(torch.zeros(1, 3, 32, 32)).sum().backward()\n"
+        "assert 'timm' not in sys.modules; model.forward_intermediates(torch.zeros(1, 3, 32, 32), indices=1)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
 SCRIPTS = {"drop_rate": 0.0, "drop_block_rate": None, "global_pool": None, "bn_momentum": None, "bn_eps": None}
-"""What timm's train.py gives to every model."""
+"""What timm's train.py passes to every model."""
 
 
-@pytest.mark.skipif(Version(timm.__version__) < Version("1.0.31"), reason="timm's scripts were others then")
+@pytest.mark.skipif(Version(timm.__version__) < Version("1.0.31"), reason="older timm has other scripts")
 @pytest.mark.parametrize("channels", [3, 1])
 def test_it_trains_as_timms_scripts_train(channels, tmp_path):
     """The calls of train.py and validate.py of timm 1.0.31, which are not in its package."""
@@ -167,14 +178,14 @@ def test_the_commands_take_safetensors(lsag, checkpoint, tmp_path):
     assert lsag("eval", "a.safetensors", "--dataset", "digits").returncode in (0, 3)
     before = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "link.onnx").hardlink_to(tmp_path / "a.pt")
-    assert_refused(lsag("export", "link.onnx", "--onnx", "--force"), 6, "is the file that is read")
+    assert_refused(lsag("export", "link.onnx", "--onnx", "--force"), 6, "is the input file")
     assert_refused(
         lsag("export", "a.pt", "--safetensors", "--out", "a.pt", "--force"), 2, "does not end in .safetensors"
     )
     assert_refused(lsag("export", "a.pt", "--onnx", "--out", "nowhere/a.onnx"), 6, "there is no folder nowhere")
     assert (tmp_path / "a.pt").read_bytes() == before
     assert_refused(lsag("export", "a.pt"), 2, "--onnx or --safetensors")
-    assert_refused(lsag("export", "a.pt", "--safetensors", "--half", "--force"), 2, "are for --onnx")
+    assert_refused(lsag("export", "a.pt", "--safetensors", "--precision", "fp16", "--force"), 2, "are for --onnx")
 
 
 def test_the_hub_gives_back_what_it_was_given(checkpoint, tmp_path):
@@ -193,7 +204,7 @@ def test_push_says_what_is_in_the_way(lsag, checkpoint, tmp_path):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path / "hf")}
     assert_refused(lsag("push", "a.pt", "org/name", env=nowhere), 4, "org/name could not be written on the hub")
     for name in ("no name!", "", "a/b/c", "../x"):
-        assert_refused(lsag("push", "a.pt", name, env=nowhere), 2, "is no name on the hub")
+        assert_refused(lsag("push", "a.pt", name, env=nowhere), 2, "is not a name on the hub")
     assert_refused(lsag("push", "absent.pt", "org/name", env=nowhere), 3, "absent.pt")
 
 

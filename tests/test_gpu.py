@@ -5,10 +5,12 @@ import torch
 
 from lsag import load_preset
 from lsag.checkpoint import random_checkpoint
-from lsag.inference.classifier import classifier
+from lsag.inference.classifier import Classifier
 from lsag.inference.export import export_onnx
 from lsag.inference.session import Session
-from lsag.training.loop import Epoch, train
+from lsag.training.events import Epoch
+from lsag.training.loop import train
+from lsag.training.options import TrainOptions
 from tests.conftest import randomise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -23,14 +25,14 @@ def checkpoint():
 
 def test_bf16_logits_are_close_to_fp32(checkpoint):
     images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
-    expected = classifier(checkpoint, torch.device("cpu"))(images)
-    found = classifier(checkpoint, torch.device("cuda"))(images).float().cpu()
+    expected = Classifier(checkpoint)(images)
+    found = Classifier(checkpoint, device="cuda")(images).float().cpu()
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_training_learns(tmp_path):
     preset = load_preset("digits-nano", {"train.epochs": 8, "train.warmup_epochs": 1})
-    events = train(preset, data_dir=tmp_path, out=tmp_path / "run", device="cuda")
+    events = train(preset, TrainOptions(data_dir=tmp_path, out=tmp_path / "run", device="cuda"))
     epochs = [event for event in events if isinstance(event, Epoch)]
     assert epochs[-1].top1 > 0.8
 

@@ -1,4 +1,4 @@
-"""Loaders. Augmentation is timm's; what is random depends on (seed, epoch, image) and on nothing else."""
+"""Order and loaders. What is random depends on (seed, epoch, image) and on nothing else."""
 
 import hashlib
 import random
@@ -19,9 +19,9 @@ from lsag.device import available_cores
 from lsag.errors import InputError, UsageError, WorkerError, first_line
 
 WORKER_TIMEOUT = 120
-"""Seconds that workers may take for a batch."""
+"""Seconds that workers may take to prepare a batch."""
 WORKER_GRACE = 15
-"""Seconds that a worker lives on after SIGTERM."""
+"""Seconds that a worker lives after SIGTERM."""
 Item = tuple[Tensor, int] | InputError
 
 
@@ -31,7 +31,7 @@ def random_key(*parts: int | str) -> int:
 
 
 class TrainSet(Dataset[Item]):
-    """Augmented images; an index is (epoch, image), and gives the same pixels in any worker, in any order."""
+    """Augmented images. An index is (epoch, image), and gives the same pixels in any worker and any order."""
 
     def __init__(self, source: Source, preset: Preset) -> None:
         self.source, self.seed = source, preset.train.seed
@@ -39,14 +39,14 @@ class TrainSet(Dataset[Item]):
 
     def __getitem__(self, position: tuple[int, int]) -> Item:
         key = random_key(self.seed, "augment", *position)
-        # The generators that timm's and torchvision's transforms draw from.
+        # The generators that the transforms of timm and torchvision draw from.
         random.seed(key)
         np.random.seed(key & 0xFFFFFFFF)
         torch.default_generator.manual_seed(key)
         try:
             image, label = self.source.load(position[1])
         except InputError as error:
-            return error  # raised in a worker it would arrive as a traceback
+            return error  # raised in a worker, it would arrive as a traceback
         return self.transform(image), label
 
 
@@ -70,9 +70,9 @@ class EvalSet(Dataset[Item]):
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """The slices of an epoch's batches that one rank takes, as (epoch, image) pairs in random order.
 
-    Each batch is cut into size x accum slices, of which rank r takes those from r x accum on. So 8 ranks, and one rank
-    that accumulates 8 slices, see the same slices. What does not fill a batch is dropped. `epoch` and `first_step`
-    are set before an epoch is read.
+    Each batch is cut into size x accum slices, of which rank r takes `accum`, from r x accum on. 8 ranks see the same
+    slices as one rank that accumulates 8. Images that do not fill a batch are dropped. Set `epoch` and `first_step`
+    before an epoch is read.
     """
 
     def __init__(self, num_images: int, preset: Preset, *, rank: int = 0, size: int = 1, accum: int = 1) -> None:
@@ -99,9 +99,9 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 def choose_workers(num_images: int, *, processes: int = 1) -> int:
-    """Workers that prepare images for each of `processes` that train on this machine.
+    """Number of workers that prepare images for each of `processes` that train on this machine.
 
-    None where starting them costs more than they save, else one per core, up to 8.
+    Zero where starting them costs more than they save, else one per core, up to 8.
     """
     return 0 if num_images < 5_000 else min(8, max(1, available_cores() // processes))
 
@@ -109,7 +109,7 @@ def choose_workers(num_images: int, *, processes: int = 1) -> int:
 def train_loader(
     source: Source, preset: Preset, order: EpochBatches, *, workers: int, pin: bool = False
 ) -> DataLoader[Any]:
-    """Batches of (images, labels) as `order` has them; to be read through `batches`."""
+    """Batches of (images, labels) in the given `order`; read them through `batches`."""
     return DataLoader(
         TrainSet(source, preset),
         batch_sampler=order,
@@ -125,9 +125,9 @@ def train_loader(
 def eval_loader(
     source: Source, preset: Preset, *, batch_size: int, workers: int, rank: int = 0, size: int = 1
 ) -> DataLoader[Any]:
-    """Batches of (uint8 images, labels), each image once and in order, to be read through `batches`.
+    """Batches of (uint8 images, labels), each image once and in order; read them through `batches`.
 
-    Of the batches, which are the same for any number of ranks, rank r takes the r-th and every `size`-th after it.
+    The batches are the same for any number of ranks; rank r takes batch r and every `size`-th after it.
     """
     starts = range(0, len(source), batch_size)[rank::size]
     return DataLoader(
@@ -142,27 +142,27 @@ def eval_loader(
 
 
 def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches; an image that could not be read is raised here as its InputError."""
+    """The loader's batches. InputError for an image that cannot be read, WorkerError for a worker that has died."""
     loading = None
     while True:
         try:
             with _worker_deaths_raised():
-                loading = loading or iter(loader)  # workers of an epoch before are awaited in here too
+                loading = loading or iter(loader)  # this also waits for workers of the epoch before
                 batch = next(loading)
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
-            # A worker may also die between announcing a batch and handing it over.
+            # A worker may also die between announcing a batch and delivering it.
             cut_off = not isinstance(error, RuntimeError) and loader.num_workers
             if not cut_off and "DataLoader" not in str(error):
                 raise
             raise WorkerError(
-                f"a process that prepares images died or stands still: {first_line(error)}",
-                "see its memory; --workers 0",
+                f"a process that prepares images has died or hangs: {first_line(error)}",
+                "check its memory, or use --workers 0",
             ) from error
         if isinstance(batch, InputError):
-            # Not itself: its traceback holds this frame, which would hold it. torch cannot end the workers of a loader
-            # that is part of such a circle: by the time it is asked to, its queues are closed.
+            # A new one: the traceback of the old one holds this frame, which would hold the error. torch cannot end the
+            # workers of a loader in such a circle: by the time it is asked to, their queues are closed.
             raise InputError(batch.what, batch.fix)
         yield batch
 
@@ -172,9 +172,9 @@ _awaiting_workers = False
 
 @contextmanager
 def _worker_deaths_raised() -> Iterator[None]:
-    """Has torch raise the death of a worker in here only, also one that happened before.
+    """Let torch raise the death of a worker only in here, including one that happened before.
 
-    torch does it from its handler of SIGCHLD wherever the program is: in the middle of an optimizer step, say.
+    Its handler of SIGCHLD would raise it wherever the program is, for instance in the middle of an optimizer step.
     """
     global _awaiting_workers
     _awaiting_workers = True
@@ -190,10 +190,10 @@ def _worker_deaths_raised() -> Iterator[None]:
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """Signals may reach every process of a terminal, a job or a group; the main one ends the workers.
+    """A signal may reach every process of a terminal, job or group; the workers leave it to the main one.
 
-    That needs them no longer than WORKER_GRACE after SIGTERM, with which torch and Python also end a worker that does
-    not answer, and then wait for it: to ignore it altogether could make them wait for ever.
+    A worker still ends WORKER_GRACE seconds after SIGTERM: torch and Python end a worker that does not answer with it,
+    and would wait for ever for one that ignored it.
     """
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

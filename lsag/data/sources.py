@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision import datasets
 
-from lsag.config import DATASETS, did_you_mean
+from lsag.config import DATASETS, check_dataset
 from lsag.device import available_cores
-from lsag.errors import InputError, UnavailableError, UsageError, first_line
+from lsag.errors import InputError, UnavailableError, first_line
 
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200
@@ -171,15 +171,11 @@ def open_split(dataset: str, data_dir: Path, *, train: bool, mode: str, download
     `folder` are `data_dir`/train and `data_dir`/val (or test for `folder`), each with one folder per class.
     UsageError for another dataset, InputError for missing or wrong files, UnavailableError for a failed download.
     """
+    check_dataset(dataset)
     if dataset == "digits":
         return _digits(train, mode)
     if dataset in ("cifar10", "cifar100"):
         return _cifar(dataset, data_dir, mode, train=train, download=download)
-    if dataset not in EVAL_FOLDERS:
-        known = [*DATASETS, "folder"]
-        raise UsageError(
-            f"unknown dataset '{dataset}'{did_you_mean(dataset, known)}", f"use one of: {', '.join(known)}"
-        )
     names = ("train",) if train else EVAL_FOLDERS[dataset]
     root = next((data_dir / name for name in names if (data_dir / name).is_dir()), None)
     if root is None:

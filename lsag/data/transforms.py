@@ -1,9 +1,10 @@
-"""From a decoded image to the model's input. Augmentation is timm's."""
+"""From a decoded image to the model's input; augmentation is timm's."""
 
+from functools import partial
 from typing import Any
 
 import torch
-from timm.data import create_transform
+from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
@@ -11,13 +12,15 @@ from lsag.config import DataConfig, Preset
 
 
 def train_transform(preset: Preset) -> Any:
-    """timm's training transform with the preset's augmentation: PIL image -> normalised float (C, size, size)."""
+    """timm's training transform with the preset's augmentation: PIL image -> normalised float32 (C, size, size)."""
+    from timm.data import create_transform  # slow to import, and only training augments
+
     data, augment, size = preset.data, preset.augment, preset.model.image_size
     transform = create_transform(
         size,
         is_training=True,
         hflip=augment.hflip,
-        color_jitter=None,  # type: ignore[arg-type]  # as in DeiT, where RandAugment switches it off
+        color_jitter=None,  # type: ignore[arg-type]  # as in DeiT, where RandAugment turns it off
         auto_augment=augment.rand_augment,
         interpolation=data.interpolation,
         mean=data.mean,
@@ -33,10 +36,15 @@ def train_transform(preset: Preset) -> Any:
 
 
 def eval_transform(preset: Preset) -> Any:
-    """PIL image -> uint8 tensor (C, size, size): shorter side to `eval_resize`, centre crop."""
+    """PIL image -> uint8 (C, size, size): the shorter side resized to `eval_resize`, then a centre crop."""
     size = preset.model.image_size
     return transforms.Compose(
-        [_resize(preset.data.eval_resize or size, preset.data), transforms.CenterCrop(size), transforms.PILToTensor()]
+        [
+            partial(Image.Image.convert, mode=preset.image_mode),
+            _resize(preset.data.eval_resize or size, preset.data),
+            transforms.CenterCrop(size),
+            transforms.PILToTensor(),
+        ]
     )
 
 
@@ -45,7 +53,7 @@ def _resize(size: int, data: DataConfig) -> transforms.Resize:
 
 
 class Normalize(nn.Module):
-    """uint8 pixels (B, C, height, width) -> floats, scaled to 0..1 and normalised per channel."""
+    """Scales pixels to 0..1 and normalises each channel with the mean and deviation of the preset's data."""
 
     def __init__(self, data: DataConfig) -> None:
         super().__init__()
@@ -56,4 +64,5 @@ class Normalize(nn.Module):
         self.register_buffer("offset", (-mean / std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, C, height, width) -> float of the same shape."""
         return pixels.to(self.scale.dtype) * self.scale + self.offset

@@ -1,7 +1,7 @@
 """Starting the processes of a training on this machine, with torch.distributed's elastic agent.
 
-The agent runs the same command once for each process, with the variables that torchrun sets. Each process leaves in a
-private folder that it is alive and, when it fails, why; so that one line can name the first cause.
+The agent runs the same command once for each process, with the variables that torchrun sets. In a private folder each
+process leaves signs of life and, if it fails, the reason, so that one line can name the first cause.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from lsag.errors import LsagError, UnavailableError, WorkerError, first_line
 
 LAUNCH_FOLDER, LAUNCHER = "LSAG_LAUNCH_FOLDER", "LSAG_LAUNCHER"
 SILENT_SECONDS = 60
-"""After so long without a sign of life a process counts as dead, and is killed."""
+"""A process that gives no sign of life for this long counts as dead, and is killed."""
 GRACE_SECONDS = 12
 
 
@@ -36,11 +36,11 @@ def launch(
     max_restarts: int = 0,
     fix: str = "",
 ) -> None:
-    """Run `command` as `processes` ranks here, together with those of `nodes` - 1 other machines; wait for their end.
+    """Run `command` as `processes` ranks here, beside those of `nodes` - 1 other machines, and wait until they end.
 
-    Several machines meet at `endpoint`, HOST:PORT on one of them, under the name `run_id`. After a failure, all ranks
-    are started again up to `max_restarts` times. Raises what the first of the ranks to fail raised, or WorkerError for
-    one that was killed; `fix` is what to do then. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on.
+    Several machines meet at `endpoint`, HOST:PORT on one of them, under the name `run_id`. After a failure all ranks
+    are restarted, up to `max_restarts` times. Raises the error of the first rank to fail, or WorkerError with `fix` for
+    one that was killed. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on to the ranks.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -48,13 +48,13 @@ def launch(
 
     from lsag.device import available_cores
 
-    logging.disable(logging.CRITICAL)  # the agent tells all it does
+    logging.disable(logging.CRITICAL)  # the agent logs everything it does
     folder = Path(tempfile.mkdtemp(prefix="lsag-launch-"))
     os.environ |= {LAUNCH_FOLDER: str(folder), LAUNCHER: str(os.getpid())}
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
     if nodes == 1:
-        # Nothing listens beyond this machine: the agent and its ranks meet in files, gloo and NCCL on the loopback.
+        # Nothing listens beyond this machine: agent and ranks meet in files, gloo and NCCL use the loopback.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
@@ -96,7 +96,7 @@ def launch(
         shutil.rmtree(folder, ignore_errors=True)
     causes = [report for report in reports if not report["consequence"]]
     if failures:
-        # When a rank fails the agent ends the others with SIGTERM: that is no cause.
+        # When a rank fails, the agent ends the others with SIGTERM: that is not the cause.
         causes = [report for report in causes if report["code"] != 128 + signal.SIGTERM]
     if causes:
         raise _with_code(causes[0]["what"], causes[0]["fix"], causes[0]["code"])
@@ -104,17 +104,17 @@ def launch(
         raise _with_code(f"stopped by {signal.Signals(stopped_by).name} before it began", "", 128 + stopped_by)
     killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
     if killed:
-        # The agent ends the others with SIGTERM; what came before that is the cause.
+        # The agent ends the others with SIGTERM; whatever came before is the cause.
         own = {rank: failure for rank, failure in killed.items() if failure.exitcode != -signal.SIGTERM}
         rank, failure = next(iter((own or killed).items()))
         name = signal.Signals(-failure.exitcode).name
-        hint = ", likely for want of memory" if name == "SIGKILL" else ""
+        hint = ", probably because memory ran out" if name == "SIGKILL" else ""
         raise WorkerError(f"rank {rank} (process {failure.pid}) was killed by {name}{hint}", fix)
     if reports:
         raise _with_code(reports[0]["what"], fix, reports[0]["code"])
     if failures:
         rank, failure = next(iter(failures.items()))
-        raise WorkerError(f"rank {rank} ended with exit code {failure.exitcode} and without a word", fix)
+        raise WorkerError(f"rank {rank} ended with exit code {failure.exitcode} without a message", fix)
 
 
 def _with_code(what: str, fix: str, code: int) -> LsagError:
@@ -129,7 +129,7 @@ def launched() -> bool:
 
 
 def report(what: str, fix: str, code: int, *, consequence: bool) -> None:
-    """Tell the launcher why this rank fails; `consequence` marks what another rank's failure brought about."""
+    """Tell the launcher why this rank fails; `consequence` marks a failure that another rank caused."""
     entry = {"what": what, "fix": fix, "code": code, "consequence": consequence, "time": time.time()}
     with contextlib.suppress(OSError):
         _file("report").write_text(json.dumps(entry))
@@ -137,7 +137,7 @@ def report(what: str, fix: str, code: int, *, consequence: bool) -> None:
 
 @contextlib.contextmanager
 def keep_alive() -> Iterator[None]:
-    """Give the launcher, if there is one, signs of life; and end when it ends."""
+    """Give signs of life to the launcher, if there is one, and end when it ends."""
     if not launched():
         if Path(os.environ.get(LAUNCH_FOLDER, "/dev/null")).is_dir():
             what = f"the launcher that {LAUNCHER} names is gone, or did not start this process"
@@ -147,7 +147,7 @@ def keep_alive() -> Iterator[None]:
     launcher = int(os.environ[LAUNCHER])
     for old in _file("report").parent.glob("report-*"):
         if old.name.split("-")[1] != os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"):
-            old.unlink(missing_ok=True)  # of an attempt that this one replaces
+            old.unlink(missing_ok=True)  # from an earlier attempt
     alive, over = _file("alive"), threading.Event()
     alive.write_text(str(os.getpid()))
 
@@ -174,12 +174,12 @@ def _file(kind: str) -> Path:
 
 
 def _ranks(folder: Path) -> dict[Path, int]:
-    """Process numbers of the ranks that gave a sign of life and still run, by their file."""
+    """Process numbers of the ranks that have given a sign of life and still run, by their file."""
     found = {}
     for path in folder.glob("alive-*"):
         with contextlib.suppress(OSError, ValueError):
             process = int(path.read_text())
-            # An error for a number that is no child of this process, and may belong to anyone by now.
+            # An error for a number that is not a child of this process: by now it may belong to anyone.
             if not hasattr(os, "waitid"):
                 os.kill(process, 0)
             elif os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
@@ -195,7 +195,7 @@ def _signal_ranks(folder: Path, number: int) -> None:
 
 
 def _kill_silent(folder: Path, over: threading.Event) -> None:
-    """Kill ranks that stopped giving signs of life. Counts its own ticks: a machine that slept has no silent ranks."""
+    """Kill ranks that give no more signs of life. It counts its own ticks, as a machine may have slept."""
     silent: dict[Path, tuple[float, int]] = {}
     while not over.wait(1):
         for path, process in _ranks(folder).items():
@@ -207,7 +207,7 @@ def _kill_silent(folder: Path, over: threading.Event) -> None:
 
 
 def _wait_for_ranks(folder: Path) -> None:
-    """No rank outlives its launcher: they get GRACE_SECONDS, then SIGKILL."""
+    """Ranks do not outlive their launcher: they get GRACE_SECONDS, then SIGKILL."""
     end = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < end and _ranks(folder):
         time.sleep(0.1)
@@ -215,7 +215,7 @@ def _wait_for_ranks(folder: Path) -> None:
 
 
 def _reports(folder: Path) -> list[dict[str, Any]]:
-    """What the ranks reported, the earliest first."""
+    """What the ranks reported, earliest first."""
     found = []
     for path in folder.glob("report-*"):
         with contextlib.suppress(OSError, ValueError):
@@ -224,15 +224,15 @@ def _reports(folder: Path) -> list[dict[str, Any]]:
 
 
 STUCK_SECONDS = 10
-"""How long after SIGTERM one process of several may take to end its step. Its peers may be gone: then it never does."""
+"""How long one process of several may take to finish its step after SIGTERM. If its peers are gone, it never does."""
 
 
 @contextlib.contextmanager
 def leaving_when_stuck(acknowledged: Callable[[], bool], *, last_words: Callable[[], object]) -> Iterator[None]:
-    """Leave the process, after `last_words`, STUCK_SECONDS after a SIGTERM that is not acknowledged by then.
+    """Exit the process, after `last_words`, STUCK_SECONDS after a SIGTERM that is not acknowledged by then.
 
-    Where a peer died, the main thread may wait in a collective that never ends and in which Python cannot handle the
-    signal; the C level can still write it to a pipe, which a thread reads.
+    If a peer has died, the main thread may wait in a collective that never ends, where Python cannot handle a signal.
+    The C level still writes the signal to a pipe, which a thread reads.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

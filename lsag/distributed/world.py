@@ -1,9 +1,9 @@
-"""The processes of one training: who they are, and what they tell each other."""
+"""The processes of one training: which of them this is, and what they tell each other."""
 
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,26 +19,36 @@ from lsag.distributed.launch import LAUNCH_FOLDER, STUCK_SECONDS, keep_alive, la
 from lsag.errors import PeerLostError, UnavailableError, UsageError, first_line
 
 TIMEOUT = timedelta(hours=2)
-"""Of a collective. Long, as rank 0 may wait for space on a disk; a dead or silent rank is noticed by the launcher."""
+"""Timeout of a collective; long, because rank 0 may wait for disk space. The launcher notices a dead or silent rank."""
 MEETING_TIMEOUT = timedelta(minutes=10)
-"""Until all ranks are there."""
+"""Time for all ranks to arrive."""
 
 
 @dataclass(frozen=True)
 class World:
-    """One process (`rank`) among `size`; `local_rank` among those of its machine. By default it is alone."""
+    """This process, `rank` of `size`, and `local_rank` on its machine; by default the only one, on the CPU."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def total(self, values: Sequence[float]) -> list[float]:
-        """The sum over all ranks of each value, in double precision."""
-        return self.total_tensor(torch.tensor(values, dtype=torch.float64)).tolist()
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes and shows anything."""
+        return self.rank == 0
+
+    def total(self, **values: float) -> dict[str, float]:
+        """The sum over all ranks of each value, in double precision, in one exchange."""
+        sums = self.total_tensor(torch.tensor(list(values.values()), dtype=torch.float64))
+        return dict(zip(values, sums.tolist(), strict=True))
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.total(here=1)
 
     def total_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks of a tensor that lies on the CPU."""
+        """The sum over all ranks of a CPU tensor."""
         if self.size == 1:
             return tensor
         tensor = tensor.to(self.device)
@@ -46,8 +56,8 @@ class World:
             dist.all_reduce(tensor)
         return tensor.cpu()
 
-    def of_rank_0(self, value: Any) -> Any:
-        """The value that rank 0 gave."""
+    def from_main(self, value: Any) -> Any:
+        """The value that rank 0 passed."""
         if self.size == 1:
             return value
         values = [value]
@@ -56,14 +66,14 @@ class World:
         return values[0]
 
     def share_buffers(self, model: torch.nn.Module) -> None:
-        """Give every rank the buffers of rank 0's model, such as running statistics: DDP does so before a step only."""
+        """Give every rank the buffers of rank 0's model, such as running statistics; DDP does so only before a step."""
         if self.size > 1:
             with lost_peers():
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)
 
     def check_equal(self, what: str, value: object) -> None:
-        """UsageError, on every rank, unless all ranks gave the same value."""
+        """UsageError on every rank unless all ranks passed the same value."""
         if self.size == 1:
             return
         everyone: list[object] = [None] * self.size
@@ -71,20 +81,20 @@ class World:
             dist.all_gather_object(everyone, value)
         different = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
         if different:
-            raise UsageError(f"rank {different[0]} has another {what} than rank 0", "start every rank alike")
+            raise UsageError(f"rank {different[0]} has another {what} than rank 0", "start every rank in the same way")
 
 
-ALONE = World()
+SINGLE = World()
 
 
 @contextmanager
 def lost_peers() -> Iterator[None]:
-    """Turn the error of a collective whose peer went away into PeerLostError."""
+    """Turn the error of a collective whose peer has gone into PeerLostError."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl")):
-            raise PeerLostError("another process of this training went away", "continue with --resume") from error
+            raise PeerLostError("another process of this training went away", "resume with --resume") from error
         raise
 
 
@@ -95,10 +105,7 @@ def world_size_here() -> int:
 
 
 def world_in_environment() -> tuple[int, int, int] | None:
-    """(rank, world size, local rank) as torchrun or srun set them; None where nobody did.
-
-    UsageError if they are incomplete.
-    """
+    """(rank, world size, local rank) as set by torchrun or srun, None if they are not set. UsageError if incomplete."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
     if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
         names = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]
@@ -123,32 +130,32 @@ def world_in_environment() -> tuple[int, int, int] | None:
 
 @contextmanager
 def joined(device: str = "auto", *, acknowledged: Callable[[], bool] = lambda: False) -> Iterator[World]:
-    """The world that this process belongs to, as its environment says, on `device`.
+    """The world of this process, read from its environment, on `device`.
 
-    A process among several leaves when it is stuck after SIGTERM, unless it has `acknowledged` the signal.
+    One process of several leaves when it is stuck after SIGTERM, unless it has `acknowledged` the signal.
     """
     found = world_in_environment()
     rank, size, local_rank = found or (0, 1, 0)
-    on = choose_device(device)
-    if on.type == "cuda" and found:
+    chosen = choose_device(device)
+    if chosen.type == "cuda" and found:
         visible = torch.cuda.device_count()
-        if on.index is not None and size > 1:
-            raise UsageError(f"--device {on} is one GPU, this process is one of {size}", "use --device cuda")
+        if chosen.index is not None and size > 1:
+            raise UsageError(f"--device {chosen} is one GPU, this process is one of {size}", "use --device cuda")
         if visible > 1 and local_rank >= visible:
             raise UnavailableError(
                 f"local rank {local_rank} has no GPU, {visible} are visible", "start fewer processes"
             )
-        # A batch system may show each process its own GPU only.
-        on = torch.device("cuda", 0 if visible == 1 else local_rank) if on.index is None else on
-    if on.type == "cuda" and on.index is not None:
-        torch.cuda.set_device(on)
+        # A batch system may show each process only its own GPU.
+        chosen = torch.device("cuda", 0 if visible == 1 else local_rank) if chosen.index is None else chosen
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
     if size == 1:
         with keep_alive() if found else nullcontext():
-            yield World(device=on)
+            yield World(device=chosen)
         return
-    if on.type not in ("cuda", "cpu"):
-        raise UsageError(f"several processes cannot train on {on.type}", "use --device cpu or cuda")
-    # Within one machine the processes meet in a file that only their user can read, and no port is opened for it.
+    if chosen.type not in ("cuda", "cpu"):
+        raise UsageError(f"several processes cannot train on {chosen.type}", "use --device cpu or cuda")
+    # On one machine the processes meet in a file that only their user can read; no port is opened.
     folder = os.environ.get(LAUNCH_FOLDER)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     with keep_alive(), leaving_when_stuck(acknowledged, last_words=partial(_report_stuck, rank)):
@@ -158,23 +165,23 @@ def joined(device: str = "auto", *, acknowledged: Callable[[], bool] = lambda: F
             else:
                 store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=MEETING_TIMEOUT))
             dist.init_process_group(
-                "nccl" if on.type == "cuda" else "gloo",
+                "nccl" if chosen.type == "cuda" else "gloo",
                 rank=rank,
                 world_size=size,
                 timeout=TIMEOUT,
-                device_id=on if on.type == "cuda" else None,
+                device_id=chosen if chosen.type == "cuda" else None,
                 store=dist.PrefixStore(f"lsag-{attempt}", store),
             )
         except (RuntimeError, ValueError) as error:
             raise UnavailableError(
                 f"rank {rank} cannot meet the others: {first_line(error)}", "see docs/cluster.md"
             ) from error
-        yield World(rank, size, local_rank, on)
-        # Not after an error: a group that lost a member may wait for it for ever.
+        yield World(rank, size, local_rank, chosen)
+        # Not after an error: a group that has lost a member may wait for it for ever.
         dist.destroy_process_group()
 
 
 def _report_stuck(rank: int) -> None:
     if launched():
-        what = f"rank {rank} did not end its step within {STUCK_SECONDS} s of SIGTERM, and left without saving"
-        report(what, "continue with --resume", 128 + signal.SIGTERM, consequence=True)
+        what = f"rank {rank} did not finish its step within {STUCK_SECONDS} s of SIGTERM, and left without saving"
+        report(what, "resume with --resume", 128 + signal.SIGTERM, consequence=True)

@@ -1,58 +1,60 @@
-"""A trained model ready to be used: uint8 images in, logits out."""
+"""A model ready to use: uint8 images in, logits out."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsag.checkpoint import Checkpoint, load_checkpoint
-from lsag.config import Preset
-from lsag.data.transforms import Normalize
-from lsag.device import autocast, choose_device
-from lsag.errors import UsageError
-from lsag.inference.session import PROVIDERS, Session
+from lsag.config import Precision
+from lsag.data.transforms import Normalize, eval_transform
+from lsag.device import autocast, autocast_dtype, choose_device
+from lsag.inference.providers import check_model
+from lsag.inference.session import Session
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A model that is ready to be used: `classify` takes uint8 images (B, C, height, width) and gives logits.
+class Classifier(nn.Module):
+    """A model with its preprocessing and class names, for inference.
 
-    `where` says what it runs on; `session` is there if that is onnxruntime.
+    Calls take uint8 images (B, C, image_size, image_size) and give logits (B, num_classes), without gradients.
+    `transform` makes such an image (C, image_size, image_size) from a PIL image of any size. `preset` and `classes` are
+    the checkpoint's, `model` is the network itself, in the mode it is in. `device_name` says where it runs.
     """
 
-    classify: Callable[[Tensor], Tensor]
-    preset: Preset
-    classes: tuple[str, ...]
-    where: str
-    session: Session | None = None
+    def __init__(
+        self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", precision: Precision = "auto"
+    ) -> None:
+        """Move the checkpoint's model to `device`; `precision` of matrix products is that of `autocast_dtype`."""
+        super().__init__()
+        self.preset, self.classes, self.precision = checkpoint.preset, checkpoint.classes, precision
+        self.model, self.normalize = checkpoint.model, Normalize(checkpoint.preset.data)
+        self.transform = eval_transform(checkpoint.preset)
+        self.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.normalize.scale.device
+
+    @property
+    def device_name(self) -> str:
+        return str(self.device)
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, image_size, image_size) -> logits (B, num_classes)."""
+        with autocast(self.device, autocast_dtype(self.device, self.precision)):
+            return self.model(self.normalize(images.to(self.device, non_blocking=True)))
 
 
-def open_model(path: str | Path, *, device: str = "auto", provider: str | None = None) -> Opened:
-    """A checkpoint on `device`, or an .onnx graph on `provider` (None: "auto").
+def open_model(
+    path: str | Path, *, device: str = "auto", provider: str | None = None, precision: Precision = "auto"
+) -> Classifier | Session:
+    """A checkpoint on `device` in `precision`, or an .onnx graph on an execution `provider` (None: "auto").
 
-    UsageError for the one where the other belongs, and the errors of `load_checkpoint` and `Session`.
+    Both take uint8 images, give logits, and have `preset`, `classes`, `transform` and `device_name`. Raises the errors
+    of `check_model`, `load_checkpoint`, `choose_device` and `Session`.
     """
+    check_model(path, device=device, provider=provider, precision=precision)
     if Path(path).suffix == ".onnx":
-        if device != "auto":
-            raise UsageError(f"--device {device} is for checkpoints; {path} runs in onnxruntime", "use --provider")
-        session = Session(path, provider=provider or "auto")
-        where = f"onnxruntime {PROVIDERS[session.provider]}"
-        return Opened(session, session.preset, session.classes, where, session)
-    if provider is not None:
-        raise UsageError(f"--provider {provider} is for .onnx graphs; {path} runs in PyTorch", "use --device")
-    checkpoint = load_checkpoint(path)
-    on = choose_device(device)
-    return Opened(classifier(checkpoint, on), checkpoint.preset, checkpoint.classes, str(on))
-
-
-def classifier(checkpoint: Checkpoint, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """uint8 images (B, C, height, width) -> logits (B, num_classes), normalised and run on `device`."""
-    model, normalize = checkpoint.model.to(device), Normalize(checkpoint.preset.data).to(device)
-
-    def classify(images: Tensor) -> Tensor:
-        with torch.inference_mode(), autocast(device):
-            return model(normalize(images.to(device, non_blocking=True)))
-
-    return classify
+        return Session(path, provider=provider or "auto")
+    return Classifier(load_checkpoint(path), device=choose_device(device), precision=precision)

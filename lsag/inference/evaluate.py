@@ -1,4 +1,4 @@
-"""Exact metrics of a classifier over a dataset: each image counts once."""
+"""Exact metrics of a classifier over a dataset, in which each image counts once."""
 
 import math
 from collections.abc import Callable
@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lsag.config import Preset
+from lsag.config import Precision
 from lsag.data.loading import batches, choose_workers, eval_loader
 from lsag.data.sources import check_classes, open_split
-from lsag.distributed.world import ALONE, World
+from lsag.distributed.world import SINGLE, World
 from lsag.errors import InputError
 from lsag.failpoints import failpoint
-from lsag.inference.classifier import open_model
+from lsag.inference.classifier import Classifier, open_model
 from lsag.inference.session import Session
 
 TOP_K = 5
@@ -25,7 +25,7 @@ TOP_K = 5
 
 @dataclass(frozen=True)
 class Metrics:
-    """Counts over `count` images; `confusion[i, j]` images of class i were taken for class j."""
+    """Metrics over `count` images; `confusion[i, j]` images of class i were classified as j."""
 
     count: int
     loss: float
@@ -36,25 +36,19 @@ class Metrics:
     predictions: Tensor
 
     def per_class(self) -> list[float | None]:
-        """Share of each class's images that were recognised, 0..1; None for a class without images."""
+        """The accuracy on each class, 0..1; None for a class without images."""
         hits, totals = self.confusion.diag().tolist(), self.confusion.sum(dim=1).tolist()
         return [hit / total if total else None for hit, total in zip(hits, totals, strict=True)]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of a file on a dataset; `images` names each image in the order of `metrics.predictions`.
-
-    `session` is the graph that was evaluated, None for a checkpoint.
-    """
+    """Metrics of `model` on a dataset; `images` names each image in the order of `metrics.predictions`."""
 
     metrics: Metrics
-    preset: Preset
-    classes: tuple[str, ...]
+    model: Classifier | Session
     dataset: str
-    device: str
     images: list[str]
-    session: Session | None = None
 
 
 def evaluate(
@@ -64,17 +58,17 @@ def evaluate(
     count: int,
     batch_size: int,
     num_classes: int,
-    world: World = ALONE,
+    world: World = SINGLE,
     on_batch: Callable[[int], object] | None = None,
 ) -> Metrics:
-    """Run `classify`, uint8 images (B, C, height, width) -> logits (B, num_classes), over all `count` images.
+    """Run `classify`, uint8 images (B, C, image_size, image_size) -> logits (B, num_classes), over all `count` images.
 
-    `loader` gives this rank's batches of `batch_size`, as `eval_loader` cuts them; every rank gets the metrics of all.
-    Loss is the mean cross-entropy in nats, top-1 and top-5 shares in 0..1 (top-5 of fewer than five classes is 1).
-    `on_batch` hears the number of images in each batch, equally often on every rank.
+    `loader` yields this rank's batches of `batch_size` images, as `eval_loader` divides them; every rank returns the
+    metrics of all ranks. The loss is the mean cross-entropy in nats; top-1 and top-5 are in 0..1 (with fewer than five
+    classes, top-5 is 1). `on_batch` is called with the number of images in each batch, equally often on every rank.
     """
-    # Label, prediction and rank of the label of each image, and the loss of each batch. Other ranks' places stay zero,
-    # so that the sum over the ranks is exact, and the same for any number of them.
+    # For each image its label, its prediction and whether the label is in the top five; for each batch its loss. What
+    # other ranks compute stays zero here, so that the sum over the ranks is exact, and the same for any number of them.
     num_batches = math.ceil(count / batch_size)
     labels, predictions, in_top5 = torch.zeros(3, count, dtype=torch.int64)
     losses = torch.zeros(num_batches, dtype=torch.float64)
@@ -111,6 +105,7 @@ def evaluate_file(
     data_dir: str | Path,
     device: str = "auto",
     provider: str | None = None,
+    precision: Precision = "auto",
     batch_size: int = 256,
     workers: int | None = None,
     download: bool = True,
@@ -118,11 +113,11 @@ def evaluate_file(
 ) -> Evaluation:
     """Evaluate a checkpoint, or an exported .onnx graph, on the evaluation split of `dataset` (default: its own).
 
-    The file alone says model, classes and preprocessing. A checkpoint runs on `device`, a graph in onnxruntime on
-    `provider` (see `lsag.inference.session.Session`). InputError if the dataset's classes are not the model's.
+    `device`, `provider` and `precision` are those of `open_model`. InputError if the dataset's classes are not the
+    model's, or outputs are not finite.
     """
-    opened = open_model(path, device=device, provider=provider)
-    preset, classes = opened.preset, opened.classes
+    model = open_model(path, device=device, provider=provider, precision=precision)
+    preset, classes = model.preset, model.classes
     dataset = preset.data.dataset if dataset is None else dataset
     source = open_split(dataset, Path(data_dir), train=False, mode=preset.image_mode, download=download)
     check_classes(classes, source.classes, what=f"{path} (preset {preset.name})", where=dataset)
@@ -130,9 +125,9 @@ def evaluate_file(
         workers = choose_workers(len(source))
     loader = eval_loader(source, preset, batch_size=batch_size, workers=workers)
     metrics = evaluate(
-        opened.classify, loader, count=len(source), batch_size=batch_size, num_classes=len(classes), on_batch=on_batch
+        model, loader, count=len(source), batch_size=batch_size, num_classes=len(classes), on_batch=on_batch
     )
     if not math.isfinite(metrics.loss):
         raise InputError(f"{path} gives outputs that are not finite", "train or export it again")
     names = [source.name(index) for index in range(len(source))]
-    return Evaluation(metrics, preset, classes, dataset, opened.where, names, opened.session)
+    return Evaluation(metrics, model, dataset, names)

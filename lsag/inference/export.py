@@ -1,40 +1,40 @@
-"""ONNX graphs of a model, compared with PyTorch before they get their name."""
+"""ONNX graphs of a model, verified against PyTorch before they are saved."""
 
 import copy
 import json
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lsag.checkpoint import Checkpoint, weights_digest
 from lsag.config import ModelConfig
-from lsag.data.transforms import Normalize
 from lsag.errors import CheckError, UsageError, first_line
 from lsag.files import replacing
+from lsag.inference.classifier import Classifier
+from lsag.inference.providers import OPSETS, Opset
 from lsag.inference.session import FORMAT, METADATA_KEY, Session, graph_digest
 
-OPSETS = {20: "1.18", 23: "1.23"}
-"""Opsets that can be asked for, with the oldest onnxruntime that reads them on a CPU."""
 CHECKED_BATCHES = (1, 2, 5, 64)
 CHECKED_BYTES = 2**30
-"""The largest batch is cut so that its largest tensor takes about as much: a graph has all variants of all patches."""
+"""Limit on the largest tensor of a checked batch: a graph holds all variants of all patches at once."""
 TIMM_CHANNELS = 64
-"""Of timm's networks the largest tensor is not known; few have more channels at the resolution of the image."""
+"""The largest tensor of a timm model is unknown; few have more channels at the resolution of the image."""
 TOLERANCE = 1e-4
-"""Largest difference of a logit between onnxruntime and PyTorch, both on the CPU in fp32."""
+"""Largest accepted difference of a logit between onnxruntime and PyTorch, both on the CPU in fp32."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The file, its opset as read back, and how it agreed with PyTorch at the `batches`.
+    """The file, its opset as read back, and how it agreed with PyTorch at the batch sizes `batches`.
 
-    `max_difference` is of a logit; `same_top1` of `compared` images have the same class in both.
+    `max_difference` is the largest difference of a logit; `same_top1` of `compared` images got the same class in both.
     """
 
     path: Path
@@ -46,56 +46,47 @@ class Exported:
     compared: int
 
 
-class ImageClassifier(nn.Module):
-    """The model with its preprocessing: uint8 images (B, height, width, C) -> float32 logits (B, num_classes).
+class _Graph(Classifier):
+    """The function of an exported graph: uint8 (B, image_size, image_size, C) -> float32 logits (B, num_classes).
 
-    With `raw_input` it takes normalised float32 (B, C, height, width) instead; with `half` it computes in fp16.
+    With `raw_input` it takes normalised float32 (B, C, image_size, image_size); with `half` it computes in fp16.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, raw_input: bool = False, half: bool = False) -> None:
-        super().__init__()
-        self.normalize = nn.Identity() if raw_input else _Pixels(checkpoint)
-        self.model = copy.deepcopy(checkpoint.model).half() if half else checkpoint.model
-        self.half_precision = half
+    def __init__(self, checkpoint: Checkpoint, *, raw_input: bool, half: bool) -> None:
+        super().__init__(checkpoint)
+        self.raw_input, self.half_precision = raw_input, half
+        if half:
+            self.model = copy.deepcopy(self.model).half()
 
     def forward(self, images: Tensor) -> Tensor:
-        images = self.normalize(images)
+        images = images if self.raw_input else self.normalize(images.permute(0, 3, 1, 2))
         return self.model(images.half()).float() if self.half_precision else self.model(images)
-
-
-class _Pixels(nn.Module):
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__()
-        self.normalize = Normalize(checkpoint.preset.data)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.normalize(images.permute(0, 3, 1, 2))
 
 
 def export_onnx(
     checkpoint: Checkpoint,
     path: str | Path,
     *,
-    opset: int = 20,
+    opset: Opset = 20,
     half: bool = False,
     batch: int | None = None,
     raw_input: bool = False,
+    on_verify: Callable[[], object] = lambda: None,
 ) -> Exported:
     """Write `checkpoint` as one ONNX file, with preset, classes and preprocessing as metadata.
 
-    Input `images`: uint8 (batch, image_size, image_size, channels), resized and cropped, or with `raw_input` normalised
-    float32 (batch, channels, image_size, image_size). Output `logits`: float32 (batch, num_classes). The batch is
-    dynamic, or `batch` images. With `half` the graph computes in fp16. UsageError for another opset. CheckError, and no
-    file, if torch cannot export the network, or if onnxruntime's logits differ from PyTorch's by more than 1e-4, or are
-    not finite in fp16.
+    Input `images`: uint8 (B, image_size, image_size, C), resized and cropped, or with `raw_input` normalised float32
+    (B, C, image_size, image_size). Output `logits`: float32 (B, num_classes). B is dynamic, or fixed as `batch`. With
+    `half` the graph computes in fp16. `on_verify` is called before the graph is verified. UsageError for another opset.
+    CheckError, and no file, if torch cannot export the network, if onnxruntime's logits differ from PyTorch's by more
+    than 1e-4, or in fp16 if they are not finite.
     """
     if opset not in OPSETS:
         raise UsageError(f"opset {opset} is not supported", f"use one of: {', '.join(map(str, OPSETS))}")
     path = Path(path)
-    model = ImageClassifier(checkpoint, raw_input=raw_input, half=half).eval()
-    images = {count: made_up_images(count, checkpoint) for count in ([batch] if batch else checked_batches(checkpoint))}
-    inputs = {count: to_input(pixels, checkpoint, raw_input=raw_input) for count, pixels in images.items()}
-    example = inputs[batch] if batch else to_input(made_up_images(2, checkpoint), checkpoint, raw_input=raw_input)
+    model = _Graph(checkpoint, raw_input=raw_input, half=half).eval()
+    pixels = made_up_images(batch or 2, checkpoint)
+    example = model.normalize(pixels) if raw_input else pixels.permute(0, 2, 3, 1).contiguous()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -111,11 +102,11 @@ def export_onnx(
                 output_names=["logits"],
                 dynamic_shapes=None if batch else {"images": {0: torch.export.Dim("batch")}},
             )
-    except torch.onnx.OnnxExporterError as error:  # with some of timm's classifiers
+    except torch.onnx.OnnxExporterError as error:  # with some timm models
         reason = first_line(error.__cause__ or error)[:150]
         raise CheckError(
-            f"torch cannot make a graph of {checkpoint.preset.name}: {reason}; {path} was not written",
-            "try --batch, or run the checkpoint itself",
+            f"torch cannot export {checkpoint.preset.name}: {reason}; {path} was not written",
+            "try --batch-size, or use the checkpoint itself",
         ) from error
     assert program is not None, "the dynamo exporter returns a program"
     graph = program.model_proto
@@ -126,27 +117,28 @@ def export_onnx(
     metadata["graph_sha256"] = graph_digest(graph)
     onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(metadata)})
     contents = graph.SerializeToString()
-    reference = ImageClassifier(checkpoint, raw_input=raw_input).eval()
-    session, differences, same = Session(contents), [], 0
-    with torch.inference_mode():
-        for count, pixels in images.items():
-            logits, expected = session(pixels), reference(inputs[count])
-            differences.append((logits - expected).abs().max())
-            same += int((logits.argmax(1) == expected.argmax(1)).sum())
+    on_verify()
+    session, reference, differences, same = Session(contents), Classifier(checkpoint).eval(), [], 0
+    batches = (batch,) if batch else checked_batches(checkpoint)
+    for size in batches:
+        pixels = made_up_images(size, checkpoint)
+        logits, expected = session(pixels), reference(pixels)
+        differences.append((logits - expected).abs().max())
+        same += int((logits.argmax(1) == expected.argmax(1)).sum())
     difference = torch.stack(differences).max().item()
     if not difference <= (float("inf") if half else TOLERANCE) or difference == float("inf"):
         what = "gives logits that are not finite" if half else f"differs from PyTorch by {difference:.2g}"
         raise CheckError(
             f"the graph {what} in onnxruntime (up to {TOLERANCE:g} in fp32 is accepted); {path} was not written",
-            "leave out --half" if half else "report this as a bug",
+            "export it without --precision fp16" if half else "report this as a bug",
         )
     with replacing(path) as file:
         file.write(contents)
-    return Exported(path, opset, len(contents), tuple(images), difference, same, sum(images))
+    return Exported(path, opset, len(contents), batches, difference, same, sum(batches))
 
 
 def checked_batches(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The batches that a graph of any batch is compared at."""
+    """The batch sizes at which a graph with a dynamic batch size is verified."""
     config = checkpoint.preset.model
     if isinstance(config, ModelConfig):
         largest = 4 * config.num_variants * config.grid_sizes[0] ** 2 * config.stages[0].embed_dim
@@ -156,7 +148,7 @@ def checked_batches(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def made_up_images(count: int, checkpoint: Checkpoint) -> Tensor:
-    """uint8 (count, C, height, width) with what photographs have: smooth areas of any brightness, edges, some noise."""
+    """uint8 (count, C, image_size, image_size), like photographs: smooth areas of any brightness, edges, some noise."""
     config, generator = checkpoint.preset.model, torch.Generator().manual_seed(count)
     shape, size = (count, config.in_channels), config.image_size
     coarse = torch.rand(*shape, 4, 4, generator=generator)
@@ -166,13 +158,8 @@ def made_up_images(count: int, checkpoint: Checkpoint) -> Tensor:
     return (255 * (0.8 * smooth + 0.4 * blocks - 0.1 + noise)).clamp(0, 255).to(torch.uint8)
 
 
-def to_input(pixels: Tensor, checkpoint: Checkpoint, *, raw_input: bool) -> Tensor:
-    """uint8 (B, C, height, width) -> what the graph takes."""
-    return Normalize(checkpoint.preset.data)(pixels) if raw_input else pixels.permute(0, 2, 3, 1).contiguous()
-
-
 def describe(checkpoint: Checkpoint, *, half: bool, batch: int | None, raw_input: bool) -> dict[str, object]:
-    """What a client needs: from an image to the graph's input, and from its logits to a name."""
+    """The metadata with which a client gets from an image to the graph's input, and from its logits to a class."""
     preset = checkpoint.preset
     return {
         "format": FORMAT,

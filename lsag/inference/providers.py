@@ -1,4 +1,4 @@
-"""What decides whether onnxruntime finds a GPU. Nothing here imports torch, which takes seconds."""
+"""What can be asked of a model, and what onnxruntime needs for it. Nothing here imports torch, which takes seconds."""
 
 import ctypes
 import importlib.metadata
@@ -6,27 +6,65 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from typing import Literal
 
-from lsag.errors import UnavailableError
+from lsag.config import Precision
+from lsag.errors import UnavailableError, UsageError
+from lsag.files import read_bytes
+
+Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+"""onnxruntime's names of the execution providers."""
+Opset = Literal[20, 23]
+OPSETS: dict[int, str] = {20: "1.18", 23: "1.23"}
+"""The opsets of exported graphs, with the oldest onnxruntime that reads them on a CPU."""
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
-"""Packages that bring a module named onnxruntime. Two of them in one environment break each other."""
+"""Packages that install a module named onnxruntime. Two of them in one environment break each other."""
 
 PACKAGES = {"libcurand": "nvidia-curand", "libcudnn": "nvidia-cudnn-cu13", "libnvinfer": "tensorrt-cu13"}
-"""What brings a library that onnxruntime's providers need; the others come with torch."""
+"""The package of a library that onnxruntime's providers need; the other libraries come with torch."""
+
+
+def check_model(
+    path: str | Path, *, device: str = "auto", provider: str | None = None, precision: Precision = "auto"
+) -> None:
+    """Refuse what cannot work before anything slow is imported: see `open_model` for the arguments.
+
+    UsageError for an option of the other kind of file, InputError for a file that cannot be read, UnavailableError for
+    a GPU provider without a driver.
+    """
+    path = Path(path)
+    graph = path.suffix == ".onnx"
+    if not graph and provider is not None:
+        raise UsageError(f"--provider is for .onnx graphs; {path} runs in PyTorch", "use --device")
+    if graph and device != "auto":
+        raise UsageError(f"--device {device} is for checkpoints; {path} runs in onnxruntime", "use --provider")
+    if graph and precision != "auto":
+        raise UsageError(
+            f"--precision is for checkpoints; {path} has the precision it was exported with",
+            "lsag export CKPT --onnx --precision fp16",
+        )
+    read_bytes(path, what="graph" if graph else "checkpoint", size=0)
+    if provider in ("cuda", "tensorrt"):
+        check_driver(provider)
 
 
 def check_driver(provider: str) -> None:
-    """UnavailableError if there is no NVIDIA driver, without which no GPU provider loads."""
+    """UnavailableError if there is no NVIDIA driver, which every GPU provider needs."""
     if not has_driver():
         raise UnavailableError(
-            f"--provider {provider} needs an NVIDIA driver, and there is none ({describe_installation()})",
+            f"--provider {provider} needs an NVIDIA driver, and none was found ({describe_installation()})",
             how_to_fix(provider),
         )
 
 
 def distributions() -> dict[str, str]:
-    """The installed ones of DISTRIBUTIONS, with their versions."""
+    """Those of DISTRIBUTIONS that are installed, with their versions."""
     found = {}
     for name in DISTRIBUTIONS:
         try:
@@ -37,11 +75,11 @@ def distributions() -> dict[str, str]:
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's version, None where there is none."""
+    """The version of the NVIDIA driver; None without a driver."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
-        return "of unknown version" if has_driver() else None  # WSL has the library alone
+        return "of unknown version" if has_driver() else None  # WSL has only the library
     version = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
     return version[0] if version else "of unknown version"
 
@@ -56,7 +94,7 @@ def has_driver() -> bool:
 
 
 def torch_cuda() -> str | None:
-    """The CUDA version that torch was built for, None for a build without."""
+    """The CUDA version that torch was built for; None for a build without CUDA."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -65,7 +103,7 @@ def torch_cuda() -> str | None:
 
 
 def onnxruntime_cuda() -> str | None:
-    """The CUDA version that onnxruntime was built for, None for a build without."""
+    """The CUDA version that onnxruntime was built for; None for a build without CUDA."""
     if not distributions():
         return None
     import onnxruntime
@@ -74,9 +112,9 @@ def onnxruntime_cuda() -> str | None:
 
 
 def missing_library(provider: str) -> str | None:
-    """A shared library for want of which onnxruntime's "cuda" or "tensorrt" cannot load; None if all are there.
+    """The first shared library that onnxruntime's "cuda" or "tensorrt" needs and does not find; None if all are found.
 
-    torch must have been imported: the libraries that it loads are found.
+    Import torch before: libraries that it has loaded are found.
     """
     import onnxruntime
 
@@ -91,7 +129,7 @@ def missing_library(provider: str) -> str | None:
 
 
 def describe_installation() -> str:
-    """All of it in one line."""
+    """What torch, onnxruntime, the driver and the installed packages are, in one line."""
     packages = " and ".join(f"{name} {version}" for name, version in distributions().items()) or "no onnxruntime"
     return (
         f"torch: CUDA {torch_cuda() or 'none'}; onnxruntime: CUDA {onnxruntime_cuda() or 'none'}; "
@@ -100,7 +138,7 @@ def describe_installation() -> str:
 
 
 def how_to_fix(provider: str) -> str:
-    """The one line that most likely makes a GPU provider load, by what is wrong here."""
+    """The step that most likely makes a GPU provider load on this machine."""
     if len(distributions()) > 1:
         return f"pip uninstall -y {' '.join(distributions())} && pip install onnxruntime-gpu"
     if not distributions():
@@ -114,5 +152,5 @@ def how_to_fix(provider: str) -> str:
         return f"install torch and onnxruntime-gpu for the same CUDA ({torchs or 'none'} and {ours} now)"
     if sys.platform == "linux" and (missing := missing_library(provider)):
         package = next((name for part, name in PACKAGES.items() if missing.startswith(part)), None)
-        return f"pip install {package}" if package else f"install what brings {missing}"
+        return f"pip install {package}" if package else f"install {missing}"
     return "use --provider cpu"

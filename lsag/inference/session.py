@@ -1,25 +1,29 @@
-"""Exported graphs in onnxruntime, on the execution provider that was asked for and on no other."""
+"""Exported graphs in onnxruntime, on the requested execution provider and no other."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnx
 import torch  # before onnxruntime, whose CUDA provider finds torch's CUDA libraries once they are loaded
 from torch import Tensor
 
 from lsag.config import Preset, validate_preset
-from lsag.data.transforms import Normalize
+from lsag.data.transforms import Normalize, eval_transform
 from lsag.errors import InputError, UnavailableError, UsageError, first_line
-from lsag.inference.providers import check_driver, describe_installation, has_driver, how_to_fix, missing_library
+from lsag.files import read_bytes
+from lsag.inference.providers import (
+    PROVIDERS,
+    Provider,
+    check_driver,
+    describe_installation,
+    has_driver,
+    how_to_fix,
+    missing_library,
+)
 
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
 METADATA_KEY = "lsag"
 FORMAT = 1
 # fmt: off
@@ -30,7 +34,7 @@ OPERATORS = frozenset({
     "Resize", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze",
 })
 # fmt: on
-"""Those that exported graphs are made of, ours and timm's; a graph with any other was not made by lsag export."""
+"""The operators of exported graphs, ours and timm's; a graph with any other was not written by lsag export."""
 
 
 # fmt: off
@@ -43,11 +47,12 @@ WORK = frozenset({
 
 
 class Session:
-    """An exported model: calls take uint8 images (B, C, height, width) and give float32 logits (B, num_classes).
+    """An exported model, used like a `Classifier`.
 
-    `preset`, `classes` and `input` are what the file says of itself, `provider` is where it runs: "cpu", "cuda" or
-    "tensorrt", `fallback_reason` why "auto" took the CPU, empty otherwise. A graph of a fixed batch is run as often as
-    it takes, the last time with images repeated.
+    Calls take uint8 images (B, C, image_size, image_size) and give float32 logits (B, num_classes). `transform` makes
+    such an image from a PIL image of any size. `preset`, `classes` and `input` are the file's metadata. `provider` is
+    "cpu", "cuda" or "tensorrt", and `fallback_reason` says why "auto" chose the CPU; otherwise it is empty. A graph
+    with a fixed batch size takes any number of images too: it runs several times, and the last batch is padded.
     """
 
     preset: Preset
@@ -57,17 +62,17 @@ class Session:
     fallback_reason: str = ""
 
     def __init__(self, path: str | Path | bytes, *, provider: str = "cpu", threads: int | None = None) -> None:
-        """Open a file, or its content, on `provider`: "cpu", "cuda", "tensorrt", or "auto".
+        """Open a file, or its contents, on `provider`: "cpu", "cuda", "tensorrt", or "auto".
 
-        "auto" is CUDA where it loads, else the CPU. On a CPU it uses as many `threads`, by default one for each core.
-        InputError for what is no whole export of lsag; UnavailableError if the provider does not load: one that was
-        named is never replaced by another, but for the shapes that onnxruntime computes on the CPU.
+        "auto" is CUDA if it loads, else the CPU. `threads` is the number of CPU threads, by default one per core.
+        InputError for anything but a complete export of lsag; UnavailableError if the provider does not load. A named
+        provider is never replaced by another, except that onnxruntime computes shapes on the CPU.
         """
-        if provider not in (*PROVIDERS, "auto"):
-            raise UsageError(f"unknown provider '{provider}'", f"use one of: {', '.join(PROVIDERS)}, auto")
+        if provider not in get_args(Provider):
+            raise UsageError(f"unknown provider '{provider}'", f"use one of: {', '.join(get_args(Provider))}")
         if provider not in ("cpu", "auto"):
             check_driver(provider)
-        self._data = path if isinstance(path, bytes) else read_file(Path(path))
+        self._data = path if isinstance(path, bytes) else read_bytes(Path(path), what="graph")
         path = "the graph" if isinstance(path, bytes) else path
         self._check(path)
         self._threads = threads or 0
@@ -78,12 +83,17 @@ class Session:
             self._open(path, "cpu")
         del self._data
         self.raw_input = self.input["dtype"] == "float32"
+        self.transform = eval_transform(self.preset)
         self._normalize = Normalize(self.preset.data)
 
+    @property
+    def device_name(self) -> str:
+        return f"onnxruntime {PROVIDERS[self.provider]}"
+
     def _try_cuda(self, path: str | Path) -> str:
-        """Make the session on CUDA; what is in the way, in one line, empty for nothing."""
+        """Start on CUDA; the reason why that failed, in one line, empty if it did not."""
         if not has_driver():
-            return "there is no NVIDIA driver"
+            return "no NVIDIA driver found"
         try:
             self._open(path, "cuda")
         except UnavailableError as error:
@@ -91,7 +101,7 @@ class Session:
         return ""
 
     def _open(self, path: str | Path, provider: str) -> None:
-        """Make the session; the errors of __init__."""
+        """Start onnxruntime on `provider`; raises the errors of __init__."""
         import onnxruntime
 
         wanted = PROVIDERS[provider]
@@ -100,14 +110,14 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = self._threads
-        # Threads wait for each other awake during a call, which is some percent faster, but not after it.
+        # Threads spin while they wait for each other during a call, which is faster, but not after it.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if provider != "cpu":
             onnxruntime.preload_dlls()
-            onnxruntime.set_default_logger_severity(4)  # what fails is raised
+            onnxruntime.set_default_logger_severity(4)  # failures are raised
         try:
-            # What was read and checked is what is run: the bytes, not the file once more.
+            # Run the bytes that were checked; the file may have changed since.
             listed = [wanted, PROVIDERS["cuda"]] if provider == "tensorrt" else [wanted]
             self.session = onnxruntime.InferenceSession(self._data, options, providers=listed, enable_fallback=0)
         except Exception as error:  # onnxruntime raises its own types, which it does not export
@@ -123,7 +133,7 @@ class Session:
             missing = missing_library(provider)
             why = f"{missing} is missing; {describe_installation()}" if missing else describe_installation()
             raise UnavailableError(f"onnxruntime did not load {wanted}: {why}", how_to_fix(provider))
-        # onnxruntime computes shapes on the CPU by intent; the work itself must be where it was asked to be.
+        # onnxruntime computes shapes on the CPU by design; the work itself must be on the requested provider.
         elsewhere = [node.op_type for node in self._nodes(PROVIDERS["cpu"]) if node.op_type in WORK]
         if provider != "cpu" and elsewhere:
             raise UnavailableError(
@@ -133,7 +143,7 @@ class Session:
         self.provider = provider
 
     def _check(self, path: str | Path) -> None:
-        """InputError, before anything runs, for what is not whole, not of known operators, or not by lsag."""
+        """Read the metadata. InputError for a graph that is damaged, has other operators, or is not lsag's."""
         try:
             model = onnx.ModelProto.FromString(self._data)
         except Exception as error:  # protobuf raises its own types
@@ -144,13 +154,11 @@ class Session:
             for attribute in node.attribute
         )
         if sparse or any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model.graph)):
-            raise InputError(f"{path} was refused: it keeps weights in other files", "use one that lsag export wrote")
+            raise InputError(f"{path} was refused: it keeps weights in other files", "use a file of lsag export")
         foreign = next((node for node in model.graph.node if node.domain or node.op_type not in OPERATORS), None)
         if foreign or model.functions or model.training_info:
             name = ".".join(filter(None, (foreign.domain, foreign.op_type))) if foreign else "functions of its own"
-            raise InputError(
-                f"{path} was refused: it has {name[:60]}, as no export has", "use one that lsag export wrote"
-            )
+            raise InputError(f"{path} was refused: it has {name[:60]}, as no export has", "use a file of lsag export")
         try:
             metadata = json.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA_KEY))
             if metadata["format"] != FORMAT:
@@ -166,32 +174,32 @@ class Session:
             raise InputError(f"{path} was not exported by lsag: it has no such metadata", "use lsag export") from error
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, height, width) -> float32 (B, num_classes)."""
+        """uint8 (B, C, image_size, image_size) -> logits, float32 (B, num_classes)."""
         if self.batch is None:
             return self._run(images)
         logits = []
-        for some in images.split(self.batch):
-            filled = some if len(some) == self.batch else some.repeat(self.batch, 1, 1, 1)[: self.batch]
-            logits.append(self._run(filled)[: len(some)])
+        for part in images.split(self.batch):
+            padded = part if len(part) == self.batch else part.repeat(self.batch, 1, 1, 1)[: self.batch]
+            logits.append(self._run(padded)[: len(part)])
         return torch.cat(logits)
 
     def _run(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.session.run(["logits"], {"images": self.feed(images).numpy()})[0])
 
     def feed(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, height, width) -> the graph's input."""
+        """uint8 (B, C, image_size, image_size) -> the graph's input."""
         return self._normalize(images) if self.raw_input else images.permute(0, 2, 3, 1).contiguous()
 
-    def bound(self, images: Tensor) -> Callable[[], object]:
-        """A run with the images on the device already and the logits left there, for benchmarks.
+    def bind(self, images: Tensor) -> Callable[[], object]:
+        """A function that runs the graph on `images`, with input and output kept on the device, for benchmarks.
 
-        UsageError for another batch than the graph's.
+        UsageError if the graph has a fixed batch size, and `images` another.
         """
         from onnxruntime import OrtValue
 
         if self.batch not in (None, len(images)):
             raise UsageError(
-                f"the graph takes {self.batch} images at a time, not {len(images)}", f"--batch {self.batch}"
+                f"the graph takes {self.batch} images at a time, not {len(images)}", f"--batch-size {self.batch}"
             )
         place = "cpu" if self.provider == "cpu" else "cuda"
         binding = self.session.io_binding()
@@ -200,7 +208,7 @@ class Session:
         return lambda: self.session.run_with_iobinding(binding)
 
     def nodes_by_provider(self) -> dict[str, int]:
-        """How many nodes of the optimised graph each execution provider runs."""
+        """The number of nodes of the optimised graph that each execution provider runs."""
         parts = self.session.get_provider_graph_assignment_info()
         names = {part.ep_name: None for part in parts}
         return {name: len(self._nodes(name)) for name in names}
@@ -210,23 +218,13 @@ class Session:
         return [node for part in parts if part.ep_name == provider for node in part.get_nodes()]
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a regular file. InputError if there is none."""
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(0, "not a regular file")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", "check the path") from error
-
-
 def graph_digest(model: onnx.ModelProto) -> str:
-    """SHA-256 of the graph with its weights, without the metadata."""
+    """SHA-256 of the graph and its weights, without the metadata."""
     return hashlib.sha256(model.graph.SerializeToString(deterministic=True)).hexdigest()
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every constant of a graph: initializers, attributes of nodes, and those of graphs inside them."""
+    """Every constant of a graph: initializers, attributes of nodes, and those of nested graphs."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:

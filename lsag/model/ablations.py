@@ -1,11 +1,10 @@
-"""The first blocks of the paper's Table 6, in the place of the local attention: Swin's and CvT's."""
+"""First blocks of the paper's Table 6 that replace the local one: CvT's here, Swin's in `lsag.model.swin`."""
 
-from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
-from lsag.config import SWIN_WINDOW, ModelConfig, StageConfig
-from lsag.model.blocks import Block, GlobalAttention, Recomputed
+from lsag.config import ModelConfig, StageConfig
+from lsag.model.blocks import Block, GlobalAttention
 from lsag.model.cpu import linear
 
 
@@ -38,26 +37,5 @@ class ConvBlock(Block):
 
     def forward(self, x: Tensor, norm1: nn.Module, norm2: nn.Module) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        # The attention never runs twice: BatchNorm would count its batch twice.
-        return self.remember(lambda x: self.feed(x, norm2), x + self.drop_path(self.attn(norm1(x))))
-
-
-class SwinBlock(Recomputed, SwinTransformerBlock):
-    """Table 6, I: timm's block of Swin as the first one, with windows that are not shifted. Its norms are its own."""
-
-    def __init__(self, config: ModelConfig, stage: StageConfig) -> None:
-        self.side = config.grid_sizes[0]
-        super().__init__(
-            stage.embed_dim,
-            (self.side, self.side),
-            stage.num_heads,
-            window_size=SWIN_WINDOW,
-            mlp_ratio=config.mlp_ratio,
-            drop_path=config.drop_path,
-        )
-        # Kept in files: the model that a file is read into is built without values.
-        self.attn.register_buffer("relative_position_index", self.attn.relative_position_index)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor, norm1: nn.Module, norm2: nn.Module) -> Tensor:  # type: ignore[override]
-        """(B, N, D) -> (B, N, D); the stage's norms are not used."""
-        return self.remember(super().forward, x.unflatten(1, (self.side, self.side))).flatten(1, 2)
+        # The attention is never recomputed: its BatchNorm would count each batch twice.
+        return self.maybe_recompute(lambda x: self.add_mlp(x, norm2), self.add_attention(x, norm1))

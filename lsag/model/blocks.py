@@ -1,4 +1,9 @@
-"""Sections 3.1 and 3.2 of the paper: the shift embedding, both attentions, the MLP and the blocks made of them."""
+"""Sections 3.1 and 3.2 of the paper: the shift embedding, both attentions, the MLP and the blocks made of them.
+
+Shapes: B images of a batch, C channels, T shift variants, N tokens (patches), D width, H heads, d = D / H width of a
+head, K key/value heads (K = H for plain multi-head attention, K = 1 for multi-query), G = H / K query heads for each
+of them.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from lsag.config import ModelConfig, StageConfig
-from lsag.model.cpu import Linear, attention, linear, mlp, serves
+from lsag.model.cpu import Linear, attention, linear, mlp, uses_onednn
 
 # The release's value; the paper names none.
 NORM_EPS = 1e-6
-# Of the variants that exist at a time. On a CPU 4 MiB stay in the cache: as fast as all at once where freed memory is
-# kept, 1.27 times as fast where it is not; 1 MiB loses 7 %, 256 KiB a fifth. A GPU wants fewer kernels (not measured).
-CHUNK_BYTES, GPU_CHUNKS = 2**22, 64
+# Size of the variants that exist at a time. On a CPU they stay in its cache (docs/benchmarks.md, Where the speed comes
+# from); a GPU gets larger chunks for fewer kernels, a guess that no measurement supports yet.
+CHUNK_BYTES, GPU_CHUNK_FACTOR = 2**22, 64
 
 
 class ShiftEmbedding(nn.Module):
@@ -29,75 +34,25 @@ class ShiftEmbedding(nn.Module):
         self.extend = config.variants != "translation" and config.shift_mode == "extend"
         self.padding = config.patch_padding
         side, stride, kernel = config.grid_sizes[0], config.patch_stride, config.patch_kernel
-        self.canvas_size = (side - 1) * stride + kernel
+        self.padded_size = (side - 1) * stride + kernel
         num_variants, dim = config.num_variants, config.stages[0].embed_dim
-        # Weights of T separate convolutions, held as a grouped one would hold them.
+        # The weights of T separate convolutions, stored as those of a grouped one.
         groups = 1 if config.variants == "translation" else num_variants
         self.conv = nn.Conv2d(groups * config.in_channels, groups * dim, kernel, stride, groups=groups)
         self.pos = nn.Parameter(torch.zeros(side * side, 1 if config.position == "shared" else num_variants, dim))
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if config.local == "cvt" else nn.Identity()
 
-    def forward(self, canvas: Tensor, pos: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
-        """Rows of the canvas (T, B, C, height, canvas), and the positions of its tokens -> (B, n, T, D).
+    def forward(self, images: Tensor) -> Tensor:
+        """All variants of all patches: (B, C, height, width) -> (B, N, T, D)."""
+        return self.embed_rows(self.shift(images), self.pos, self.kernel_matrices())
 
-        Positions are (n, T, D), or (n, 1, D) for all variants; `matrices` are what the method of this name gives.
+    def shift(self, images: Tensor) -> Tensor:
+        """The shifted copies, zero-padded for the convolution to P x P pixels; channels last in memory.
+
+        Content moves px to the right and py down. What moves in is what moved out or, for translations, the mirrored
+        border. (B, C, height, width) -> (T, B, C, P, P).
         """
-        (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
-        if torch.onnx.is_in_onnx_export():
-            # With patches onnxruntime has 0.97 of the img/s of cifar-tiny, 0.79 of in1k-tiny's.
-            maps = [F.conv2d(*each, stride) for each in zip(canvas, *self.kernels(), strict=True)]
-            x = torch.stack([each.permute(0, 2, 3, 1) for each in maps], dim=3).flatten(1, 2)
-            return self.norm(x) + pos
-        weight, bias = matrices
-        # A product for each variant, all in one call: for in1k-tiny 4 to 5 % less time than a grouped convolution.
-        patches = canvas.unfold(3, kernel, stride).unfold(4, kernel, stride).permute(0, 1, 3, 4, 5, 6, 2)
-        x = torch.baddbmm(bias, patches.flatten(4).flatten(1, 3), weight)
-        x = self.norm(x.unflatten(1, (canvas.shape[1], -1)).permute(1, 2, 0, 3))
-        # Laid out in memory as its first term, a sum brings the variants of a token together without another copy.
-        return (pos + x).contiguous()
-
-    def kernels(self) -> tuple[Tensor, Tensor]:
-        """Weights (T, D, C, kernel, kernel) and biases (T, D) of the variants, which may be T times the same."""
-        variants, dim, bias = len(self.shifts), self.conv.out_channels // self.conv.groups, self.conv.bias
-        assert bias is not None
-        weight, bias = self.conv.weight.unflatten(0, (-1, dim)), bias.unflatten(0, (-1, dim))
-        return weight.expand(variants, -1, -1, -1, -1), bias.expand(variants, -1)
-
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """The kernels as matrices (T, kernel * kernel * C, D), and their biases (T, 1, D)."""
-        weight, bias = self.kernels()
-        return weight.permute(0, 3, 4, 2, 1).flatten(1, 3), bias.unsqueeze(1)
-
-    def tokens(self, images: Tensor) -> Tensor:
-        """The unshifted variant alone, for a first block that looks at no other: (B, C, height, width) -> (B, N, D)."""
-        return self(self.canvas(images), self.pos, self.matrices())[:, :, 0]
-
-    def chunk_size(self, batch: int, num_bytes: int) -> tuple[int, int]:
-        """How many images, and how many rows of tokens of each, have variants that take about `num_bytes` in fp32.
-
-        Rather many images, as they share the positions of a row.
-        """
-        num_tokens, _, dim = self.pos.shape
-        side = math.isqrt(num_tokens)
-        num_rows = max(1, num_bytes // (side * len(self.shifts) * dim * 4))  # of all images together
-        num_images = max(1, min(batch, num_rows))
-        return num_images, min(side, num_rows // num_images)
-
-    def bands(self, canvas: Tensor, num_rows: int) -> Iterator[Tensor]:
-        """Cut the canvas into what each `num_rows` rows of tokens see."""
-        (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
-        side = (self.canvas_size - kernel) // stride + 1
-        for first in range(0, side, num_rows):
-            last = min(first + num_rows, side)
-            yield canvas[..., first * stride : (last - 1) * stride + kernel, :]
-
-    def canvas(self, images: Tensor) -> Tensor:
-        """The shifted copies, each on the zero-padded canvas of the convolution; channels last in memory.
-
-        Content moves px to the right and py down. What moves in is what moved out, or the content beside the edge,
-        mirrored. (B, C, height, width) -> (T, B, C, canvas, canvas).
-        """
-        reach, before = max(abs(pixels) for shift in self.shifts for pixels in shift), self.padding
+        reach = max(abs(pixels) for shift in self.shifts for pixels in shift)
         height, width = images.shape[2:]
         wider = F.pad(images, (reach,) * 4, mode=self.padding_mode).contiguous(memory_format=torch.channels_last)
         copies = []
@@ -106,9 +61,59 @@ class ShiftEmbedding(nn.Module):
             # tokens see what a rolled image would have lost.
             cut_x, cut_y = (0, 0) if self.extend else (px, py)
             moved = wider[:, :, reach - py : reach - cut_y + height, reach - px : reach - cut_x + width]
-            below, beside = (self.canvas_size - before - size for size in moved.shape[2:])
-            copies.append(F.pad(moved, (before, beside, before, below)))
+            bottom, right = (self.padded_size - self.padding - size for size in moved.shape[2:])
+            copies.append(F.pad(moved, (self.padding, right, self.padding, bottom)))
         return torch.cat(copies).unflatten(0, (len(copies), -1))
+
+    def embed_rows(self, shifted: Tensor, pos: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+        """Pixel rows of the shifted images (T, B, C, rows, P), and the positions of their n tokens -> (B, n, T, D).
+
+        Positions are (n, T, D), or (n, 1, D) for all variants; `matrices` come from `kernel_matrices`.
+        """
+        (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
+        if torch.onnx.is_in_onnx_export():
+            # onnxruntime is faster with convolutions (docs/benchmarks.md, onnxruntime against PyTorch).
+            maps = [F.conv2d(*variant, stride) for variant in zip(shifted, *self.kernels(), strict=True)]
+            x = torch.stack([variant.permute(0, 2, 3, 1) for variant in maps], dim=3).flatten(1, 2)
+            return self.norm(x) + pos
+        weight, bias = matrices
+        # One batched product is faster than a grouped convolution (docs/benchmarks.md, Where the speed comes from).
+        patches = shifted.unfold(3, kernel, stride).unfold(4, kernel, stride).permute(0, 1, 3, 4, 5, 6, 2)
+        x = torch.baddbmm(bias, patches.flatten(4).flatten(1, 3), weight)
+        x = self.norm(x.unflatten(1, (shifted.shape[1], -1)).permute(1, 2, 0, 3))
+        # A sum has the memory layout of its first term: this order brings the variants of a token together for free.
+        return (pos + x).contiguous()
+
+    def kernels(self) -> tuple[Tensor, Tensor]:
+        """Weights (T, D, C, kernel, kernel) and biases (T, D) of all variants, which may share them."""
+        num_variants, dim, bias = len(self.shifts), self.conv.out_channels // self.conv.groups, self.conv.bias
+        assert bias is not None
+        weight, bias = self.conv.weight.unflatten(0, (-1, dim)), bias.unflatten(0, (-1, dim))
+        return weight.expand(num_variants, -1, -1, -1, -1), bias.expand(num_variants, -1)
+
+    def kernel_matrices(self) -> tuple[Tensor, Tensor]:
+        """The kernels as matrices (T, kernel * kernel * C, D), and their biases (T, 1, D)."""
+        weight, bias = self.kernels()
+        return weight.permute(0, 3, 4, 2, 1).flatten(1, 3), bias.unsqueeze(1)
+
+    def chunk_size(self, batch_size: int, num_bytes: int) -> tuple[int, int]:
+        """The number of images, and of their token rows, whose variants take about `num_bytes` in fp32.
+
+        More images come before more rows, as the same row of all images has the same positions.
+        """
+        num_tokens, _, dim = self.pos.shape
+        side = math.isqrt(num_tokens)
+        num_rows = max(1, num_bytes // (side * len(self.shifts) * dim * 4))  # of all images together
+        num_images = max(1, min(batch_size, num_rows))
+        return num_images, min(side, num_rows // num_images)
+
+    def split_rows(self, shifted: Tensor, num_rows: int) -> Iterator[Tensor]:
+        """The pixel rows (T, B, C, rows, P) of the shifted images that each `num_rows` token rows see."""
+        (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
+        side = (self.padded_size - kernel) // stride + 1
+        for first in range(0, side, num_rows):
+            last = min(first + num_rows, side)
+            yield shifted[..., first * stride : (last - 1) * stride + kernel, :]
 
 
 class Attention(nn.Module):
@@ -125,7 +130,7 @@ class Attention(nn.Module):
 
 
 class LocalAttention(Attention):
-    """Eq. 1-4: each patch asks with its unshifted variant, its T variants answer.
+    """Eq. 1-4: the query of each patch is its unshifted variant, keys and values are its T variants.
 
     The key and value matrices are absorbed into the query and the output. With one query for T keys, it is cheaper to
     bring the query into the space of the variants (q_h Wk_h) and the weighted mean out of it (u_h Wv_h) than to project
@@ -137,12 +142,12 @@ class LocalAttention(Attention):
         """(B, N, T, D) -> (B, N, D)."""
         value_weight = self.kv.weight.unflatten(0, (2, self.num_kv_heads, self.head_dim))[1]
         value_bias = self.kv.bias.unflatten(0, (2, self.num_kv_heads, 1, self.head_dim))[1]
-        mean = (self.weights(variants) @ variants).unflatten(2, (self.num_kv_heads, -1))
+        mean = (self.attention_weights(variants) @ variants).unflatten(2, (self.num_kv_heads, -1))
         out = per_head(mean, value_weight.transpose(1, 2)) + value_bias
         return self.proj(out.flatten(2))
 
-    def weights(self, variants: Tensor) -> Tensor:
-        """How much each head of a patch attends to each variant: (B, N, T, D) -> (B, N, H, T)."""
+    def attention_weights(self, variants: Tensor) -> Tensor:
+        """How much each head of a patch attends to each variant, Eq. 3: (B, N, T, D) -> (B, N, H, T)."""
         key_weight = self.kv.weight.unflatten(0, (2, self.num_kv_heads, self.head_dim))[0]
         query = self.q(variants[:, :, 0]).unflatten(2, (self.num_kv_heads, -1, self.head_dim)) * self.head_dim**-0.5
         return (per_head(query, key_weight).flatten(2, 3) @ variants.transpose(2, 3)).softmax(dim=-1)
@@ -152,8 +157,9 @@ def per_head(x: Tensor, weight: Tensor) -> Tensor:
     """(B, N, K, G, a) with a matrix for each key/value head, (K, a, b) -> (B, N, K, G, b)."""
     if len(weight) == 1:
         return linear(x, weight[0].T)
-    batch, tokens, _, group, _ = x.shape
-    return (x.permute(2, 0, 1, 3, 4).flatten(1, 3) @ weight).unflatten(1, (batch, tokens, group)).permute(1, 2, 0, 3, 4)
+    batch, num_tokens, _, group, _ = x.shape
+    out = x.permute(2, 0, 1, 3, 4).flatten(1, 3) @ weight
+    return out.unflatten(1, (batch, num_tokens, group)).permute(1, 2, 0, 3, 4)
 
 
 class GlobalAttention(Attention):
@@ -165,14 +171,14 @@ class GlobalAttention(Attention):
         return self.attend(query, *keys_values.permute(2, 0, 3, 1, 4).unbind(0))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(B, N, D), and (B, K, M, d) twice -> (B, N, D)."""
-        kv_heads, group, tokens = self.num_kv_heads, self.num_heads // self.num_kv_heads, query.shape[1]
-        # The G query heads of a key/value head are G queries a token: nothing is repeated, and for K = 1 nothing moved.
+        """Queries (B, N, D), keys and values (B, K, M, d) -> (B, N, D)."""
+        kv_heads, group, num_tokens = self.num_kv_heads, self.num_heads // self.num_kv_heads, query.shape[1]
+        # The G query heads of a key/value head become G queries per token: keys and values are never repeated.
         query = query.unflatten(2, (kv_heads, group, self.head_dim)).transpose(1, 2).flatten(2, 3)
         out = attention(query, key, value)
-        return self.proj(out.unflatten(2, (tokens, group)).transpose(1, 2).flatten(2))
+        return self.proj(out.unflatten(2, (num_tokens, group)).transpose(1, 2).flatten(2))
 
-    def weights(self, x: Tensor, token: int) -> Tensor:
+    def attention_weights(self, x: Tensor, token: int) -> Tensor:
         """How much each head of one token attends to each token: (B, N, D) -> (B, H, N)."""
         query = self.q(x[:, token]).unflatten(1, (self.num_kv_heads, -1, self.head_dim)) * self.head_dim**-0.5
         key = self.kv(x).unflatten(2, (2, self.num_kv_heads, self.head_dim))[:, :, 0]
@@ -182,28 +188,28 @@ class GlobalAttention(Attention):
 class MLP(nn.Sequential):
     """Linear, GELU, linear."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__(Linear(dim, hidden), nn.GELU(), Linear(hidden, dim))
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__(Linear(dim, hidden_dim), nn.GELU(), Linear(hidden_dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         return mlp(x, self[0], self[2])  # type: ignore[arg-type]
 
 
-class Recomputed(nn.Module):
-    """A module that may keep only its input for the backward."""
+class Recomputable(nn.Module):
+    """A module that can keep only its inputs for the backward, and recompute its activations there."""
 
     recompute = False
 
-    def remember(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """`run` of the inputs; with `recompute` only these are kept for the backward, and it runs there once more."""
+    def maybe_recompute(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`function(*inputs)`; with `recompute` its activations are recomputed in the backward, not kept."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(run, *inputs, use_reentrant=False)
-        return run(*inputs)
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
 
 
-class Block(Recomputed):
-    """x + Attention(norm(x)), then x + MLP(norm(x)), each branch dropped for a whole image with some probability.
+class Block(Recomputable):
+    """x + Attention(norm1(x)), then x + MLP(norm2(x)); stochastic depth drops each branch for whole images.
 
     Departure: the paper does not say so, but the release and its parameter counts share one pair of norms among all
     blocks of a stage; they are passed in.
@@ -211,25 +217,28 @@ class Block(Recomputed):
 
     def __init__(self, config: ModelConfig, stage: StageConfig, attn: Attention) -> None:
         super().__init__()
-        hidden = int(stage.embed_dim * config.mlp_ratio)
         self.attn = attn
-        self.mlp = MLP(stage.embed_dim, hidden)
+        self.mlp = MLP(stage.embed_dim, int(stage.embed_dim * config.mlp_ratio))
         self.drop_path = StochasticDepth(config.drop_path, mode="row")
 
     def forward(self, x: Tensor, norm1: nn.Module, norm2: nn.Module) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return self.remember(lambda x: self.feed(x + self.drop_path(self.attn(norm1(x))), norm2), x)
+        return self.maybe_recompute(lambda x: self.add_mlp(self.add_attention(x, norm1), norm2), x)
 
-    def feed(self, x: Tensor, norm2: nn.Module) -> Tensor:
-        """(B, N, D) -> (B, N, D): the second half of the block."""
+    def add_attention(self, x: Tensor, norm1: nn.Module) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return x + self.drop_path(self.attn(norm1(x)))
+
+    def add_mlp(self, x: Tensor, norm2: nn.Module) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
         return x + self.drop_path(self.mlp(norm2(x)))
 
 
 class LocalBlock(Block):
-    """The first block, which embeds the image itself, a chunk of tokens after another.
+    """The first block: it embeds the image itself, one chunk of tokens after another.
 
-    The variants of all tokens, (B, N, T, D), are by far the largest tensor of the network. Without gradients only those
-    of one chunk exist at a time, and in a training with `recompute`. Else a training keeps them all for the backward.
+    The variants of all tokens, (B, N, T, D), are by far the largest tensor of the network. Without gradients, and in
+    training with `recompute`, only one chunk of them exists at a time; otherwise training keeps all for the backward.
     """
 
     def __init__(self, config: ModelConfig, stage: StageConfig) -> None:
@@ -238,29 +247,34 @@ class LocalBlock(Block):
 
     def forward(self, images: Tensor, embed: ShiftEmbedding, norm1: nn.Module, norm2: nn.Module) -> Tensor:  # type: ignore[override]
         """(B, C, height, width) -> (B, N, D)."""
-        matrices = embed.matrices()  # once, not for each chunk
+        matrices, shifted = embed.kernel_matrices(), embed.shift(images)  # once, not for each chunk
+        branch_scale = self.drop_path(images.new_ones(images.shape[0], 1, 1))  # stochastic depth, once for all chunks
 
-        def attend(kept: Tensor, canvas: Tensor, pos: Tensor) -> Tensor:
-            variants = embed(canvas, pos, matrices)
-            return torch.addcmul(variants[:, :, 0], kept, self.attn(norm1(variants)))
+        def attend(branch_scale: Tensor, shifted: Tensor, pos: Tensor) -> Tensor:
+            variants = embed.embed_rows(shifted, pos, matrices)
+            return torch.addcmul(variants[:, :, 0], branch_scale, self.attn(norm1(variants)))
 
-        canvas, kept = embed.canvas(images), self.drop_path(images.new_ones(images.shape[0], 1, 1))
-        if self.chunk_bytes is None or torch.compiler.is_compiling():  # a graph for any batch, fused by its compiler
-            x = self.remember(attend, kept, canvas, embed.pos)
+        if self.chunk_bytes is None or torch.compiler.is_compiling():  # one graph for any batch, fused by the compiler
+            x = self.maybe_recompute(attend, branch_scale, shifted, embed.pos)
         else:
-            scale = 1 if images.device.type == "cpu" else GPU_CHUNKS
-            num_images, num_rows = embed.chunk_size(images.shape[0], self.chunk_bytes * scale)
+            factor = 1 if images.device.type == "cpu" else GPU_CHUNK_FACTOR
+            num_images, num_rows = embed.chunk_size(images.shape[0], self.chunk_bytes * factor)
             # Split once, not per image: the gradient of a slice is as large as the whole.
             positions = embed.pos.split(num_rows * math.isqrt(len(embed.pos)))
-            some = (
-                [
-                    self.remember(attend, kept, band, pos)
-                    for band, pos in zip(embed.bands(canvas, num_rows), positions, strict=True)
-                ]
-                for canvas, kept in zip(canvas.split(num_images, dim=1), kept.split(num_images), strict=True)
-            )
-            x = torch.cat([torch.cat(bands, dim=1) for bands in some])
-        # Through oneDNN the MLP keeps its input alone in any case.
-        if serves(x, self.mlp[0].weight):  # type: ignore[arg-type]
-            return self.feed(x, norm2)
-        return self.remember(lambda x: self.feed(x, norm2), x)
+            parts = []
+            for scale, copies in zip(branch_scale.split(num_images), shifted.split(num_images, dim=1), strict=True):
+                rows = zip(embed.split_rows(copies, num_rows), positions, strict=True)
+                parts.append(torch.cat([self.maybe_recompute(attend, scale, *row) for row in rows], dim=1))
+            x = torch.cat(parts)
+        # Through oneDNN the MLP keeps only its input in any case.
+        if uses_onednn(x, self.mlp[0].weight):  # type: ignore[arg-type]
+            return self.add_mlp(x, norm2)
+        return self.maybe_recompute(lambda x: self.add_mlp(x, norm2), x)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Fill a linear layer or convolution: weights from a truncated normal, biases zero. The paper does not say how."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

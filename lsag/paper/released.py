@@ -1,4 +1,4 @@
-"""The network as the authors released it: the measure of benchmarks and of tests, never on the product's path.
+"""The network as the authors released it: what benchmarks and tests compare with, never part of the product's path.
 
 Each variant has a convolution of its own, keys and values are projected for all T variants, and both attentions write
 out their weights.
@@ -15,24 +15,21 @@ from lsag.model.cpu import Linear
 from lsag.model.network import LSAG
 
 
-class _PlainEmbedding(ShiftEmbedding):
-    def forward(self, canvas: Tensor, pos: Tensor, matrices: object) -> Tensor:
-        """Rows of the canvas (T, B, C, height, canvas), and the positions of its tokens -> (B, n, T, D)."""
+class _ReleasedEmbedding(ShiftEmbedding):
+    def embed_rows(self, shifted: Tensor, pos: Tensor, matrices: object) -> Tensor:
+        """Pixel rows of the shifted images (T, B, C, rows, P), and the positions of their n tokens -> (B, n, T, D)."""
         variants = [
-            F.conv2d(shifted.contiguous(), weight, bias, self.conv.stride).flatten(2).transpose(1, 2)
-            for shifted, weight, bias in zip(canvas, *self.kernels(), strict=True)
+            F.conv2d(images.contiguous(), weight, bias, self.conv.stride).flatten(2).transpose(1, 2)
+            for images, weight, bias in zip(shifted, *self.kernels(), strict=True)
         ]
         return self.norm(torch.stack(variants, dim=2)) + pos
 
 
 def _attend(attention: Attention, x: Tensor, keys_from: Tensor) -> Tensor:
-    """Queries of x (..., Q, D) meet keys and values of (..., S, D) -> (..., Q, D)."""
-    kv_heads, group, head_dim = (
-        attention.num_kv_heads,
-        attention.num_heads // attention.num_kv_heads,
-        attention.head_dim,
-    )
-    # The G query heads of a key/value head stand one after the other.
+    """Queries from x (..., Q, D), keys and values from (..., S, D) -> (..., Q, D)."""
+    kv_heads, head_dim = attention.num_kv_heads, attention.head_dim
+    group = attention.num_heads // kv_heads
+    # The G query heads of a key/value head are placed one after another.
     query = attention.q(x).unflatten(-1, (kv_heads, group, head_dim)).movedim(-4, -2).flatten(-3, -2)
     key, value = attention.kv(keys_from).unflatten(-1, (2, kv_heads, head_dim)).transpose(-4, -2).unbind(-3)
     weights = (query @ key.transpose(-1, -2) * head_dim**-0.5).softmax(dim=-1)
@@ -40,32 +37,32 @@ def _attend(attention: Attention, x: Tensor, keys_from: Tensor) -> Tensor:
     return attention.proj(out.flatten(-3))
 
 
-class _PlainLocal(LocalAttention):
+class _ReleasedLocal(LocalAttention):
     def forward(self, variants: Tensor) -> Tensor:
         """(B, N, T, D) -> (B, N, D)."""
         return _attend(self, variants[:, :, :1], variants).squeeze(2)
 
 
-class _PlainGlobal(GlobalAttention):
+class _ReleasedGlobal(GlobalAttention):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         return _attend(self, x, x)
 
 
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+RELEASED: dict[type[nn.Module], type[nn.Module]] = {
     Linear: nn.Linear,
     MLP: nn.Sequential,
-    ShiftEmbedding: _PlainEmbedding,
-    LocalAttention: _PlainLocal,
-    GlobalAttention: _PlainGlobal,
+    ShiftEmbedding: _ReleasedEmbedding,
+    LocalAttention: _ReleasedLocal,
+    GlobalAttention: _ReleasedGlobal,
 }
 
 
-def plain(model: LSAG) -> LSAG:
-    """A copy of `model` that computes the same function in the released way; blocks of Swin and CvT are as they are."""
+def as_released(model: LSAG) -> LSAG:
+    """A copy of `model` that computes the same in the released way; blocks of Swin and CvT stay as they are."""
     copied = copy.deepcopy(model)
     for module in copied.modules():
-        module.__class__ = PLAIN.get(type(module), type(module))
+        module.__class__ = RELEASED.get(type(module), type(module))
         if isinstance(module, LocalBlock):
             module.chunk_bytes = None
     return copied

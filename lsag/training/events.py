@@ -1,4 +1,4 @@
-"""What a training tells of itself while it runs."""
+"""What a training reports while it runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from lsag.config import Preset
 
 @dataclass(frozen=True)
 class Started:
-    """The run is set up: everything that could be refused has been accepted. `notes` are for a person to read."""
+    """The training begins: nothing that could be refused is left. `notes` are for a person to read."""
 
     preset: Preset
     out: Path
@@ -25,7 +25,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Step:
-    """Where the training is, and the mean loss and speed since the last report; peak memory of rank 0 in bytes."""
+    """Where the training is; mean loss and speed since the last report; peak memory of this rank in bytes."""
 
     epoch: int
     step: int
@@ -38,7 +38,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One finished epoch: a line of metrics.jsonl. Accuracies are shares in 0..1, `seconds` of training so far."""
+    """A finished epoch: a row of metrics.jsonl. Accuracies are in 0..1; `seconds` is the training time so far."""
 
     epoch: int
     step: int

@@ -1,4 +1,4 @@
-"""The optimiser and its learning rate (paper, section 3.3)."""
+"""The optimizer and its learning rate (paper, section 3.3)."""
 
 import math
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ def lr_at(step: int, *, train: TrainConfig, steps_per_epoch: int) -> float:
 
 
 def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; biases, norms and what the model names, as position embeddings, are not decayed (DeiT's practice)."""
+    """AdamW. Biases, norms and what the model names, such as positions, are not decayed (as in DeiT)."""
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
     groups = param_groups_weight_decay(model, train.weight_decay, no_weight_decay_list=spared)
     return torch.optim.AdamW(groups, lr=train.lr, fused=True)
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """The exponential moving average of weights and of running statistics; integers are those of the model (timm's)."""
+    """The moving average of weights and running statistics; integer buffers are copied, such as timm's counters."""
     average = get_ema_multi_avg_fn(decay)
 
     def update(averages: Sequence[torch.Tensor], values: Sequence[torch.Tensor], updates: int | torch.Tensor) -> None:

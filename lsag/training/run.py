@@ -1,175 +1,173 @@
-"""The folder of one training: its lock, its logs and its checkpoints, of which a valid one is there at any moment."""
+"""A run as the loop sees it: what is kept of a training, and when. Rank 0 has a Run, the other ranks a NoRun."""
 
 import contextlib
-import fcntl
-import json
 import logging
-import os
-import shutil
-import socket
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from lsag.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from lsag.errors import DamagedError, InputError, OutputError
-from lsag.failpoints import failpoint
-from lsag.files import replacing, sync_folder, writing
-from lsag.runs import BEST, CURVES, LOCK, METRICS, PRESET, STEPS, step_file, step_files
+from lsag.checkpoint import Checkpoint, save_checkpoint
+from lsag.distributed.world import World
+from lsag.errors import OutputError
+from lsag.files import replacing
+from lsag.plots import draw_curves
+from lsag.runs import BEST, CURVES, OPTIONS, PRESET
+from lsag.training.events import Epoch
+from lsag.training.folder import RunFolder
+from lsag.training.options import TrainOptions
+from lsag.training.signals import Signals
+from lsag.training.state import State
 
-KEEP = 3
-"""Checkpoints that are kept beside best.pt."""
+CURVES_SECONDS = 30
+"""Time between two drawings of the curves."""
 
 logger = logging.getLogger(__name__)
 
 
-def check_run_folder(out: Path, *, resume: bool) -> None:
-    """OutputError if `out` could not be written, or holds something that a run would disturb. Creates nothing."""
-    try:
-        if step_files(out) and not resume:
-            raise OutputError(f"{out} holds a run", f"continue it with --resume {out}, or choose another --out")
-        if out.exists() and not step_files(out):
-            foreign = [entry for entry in out.iterdir() if not _is_ours(entry.name)]
-            if foreign:
-                raise OutputError(f"{out} is not empty, and no run of lsag", "choose another --out")
-        there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise OutputError(f"cannot write to {there}", "choose another --out")
-    except OSError as error:
-        raise OutputError(f"cannot write to {out}: {error.strerror}", "choose another --out") from error
+class NoRun:
+    """What the other ranks have: it keeps nothing, and never wants to save."""
 
+    save_seconds = 0.0
 
-def _is_ours(name: str) -> bool:
-    """Whether a name is what a run leaves that was stopped before its first checkpoint."""
-    return name in (LOCK, PRESET, STEPS, METRICS) or _is_temporary(name)
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith((".step-", *(f".{file}." for file in (BEST, PRESET, STEPS, METRICS, CURVES))))
-
-
-class RunFolder:
-    """An open run folder; one process on one machine holds it, and no other can open it until that process ends."""
-
-    def __init__(self, path: Path) -> None:
-        """Create the folder where it is absent, take its lock, and clear away what an interrupted write left."""
-        self.path = path
-        self.steps, self.epochs = _Log(path / STEPS), _Log(path / METRICS)
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / LOCK).open("a+")
-            try:
-                # A record lock belongs to this process alone: workers that it forks do not keep it.
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._lock.seek(0)
-                holder = self._lock.read(200).strip() or "another process"
-                self._lock.close()
-                raise OutputError(f"{path} is in use by {holder}", "wait for it, or choose another --out") from error
-            self._lock.truncate(0)
-            self._lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%F %T} UTC\n")
-            self._lock.flush()
-            for entry in list(path.iterdir()):
-                if _is_temporary(entry.name):
-                    entry.unlink()
-
-    def close(self) -> None:
-        """Give the lock back."""
-        self._lock.close()
+    @property
+    def save_due(self) -> bool:
+        return False
 
     def newest(self) -> tuple[Path, Checkpoint] | None:
-        """The newest checkpoint that is whole; damaged ones are renamed to *.corrupt. None where there never was one.
-
-        InputError if there are checkpoints, but none is whole, or one cannot be read or is of a newer format.
-        """
-        files = step_files(self.path)
-        for path in files:
-            try:
-                checkpoint = load_checkpoint(path)
-                if (checkpoint.training or {}).get("step") != int(path.stem.removeprefix("step-")):
-                    raise DamagedError(f"{path} holds another step than its name says")
-                return path, checkpoint
-            except DamagedError as error:
-                with writing(path):
-                    path.rename(path.with_suffix(".pt.corrupt"))
-                logger.warning("%s; it is passed over, and kept as %s.corrupt", error.what, path.name)
-        if files:
-            raise InputError(f"none of the {len(files)} checkpoints in {self.path} is whole", "start again elsewhere")
         return None
 
-    def save(self, checkpoint: Checkpoint, step: int) -> None:
-        """Write the logs and the checkpoint of `step`, then remove old ones."""
-        failpoint("before_save")
-        self.steps.flush(sync=True)
-        self.epochs.flush(sync=True)
-        path = step_file(self.path, step)
-        save_checkpoint(path, checkpoint)
-        for old in step_files(self.path)[KEEP:]:
-            failpoint("mid_prune")
+    def begin(self, state: State) -> None: ...
+
+    def log(self, row: Mapping[str, Any]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def save(self, state: State) -> None: ...
+
+    def rescue(self, state: State) -> None: ...
+
+    def finish_epoch(self, state: State, summary: Epoch) -> None: ...
+
+
+class Run(NoRun):
+    """An open run folder, and when it is written to."""
+
+    def __init__(self, folder: RunFolder, options: TrainOptions, signals: Signals) -> None:
+        self.folder, self.options, self.signals = folder, options, signals
+        self.history: list[dict[str, Any]] = []
+        self.saved_at: tuple[int, int] | None = None
+        """Step and epoch of the last checkpoint."""
+        self.fresh = True
+        self.curves_drawn = -math.inf
+        self._schedule()
+
+    @property
+    def save_due(self) -> bool:
+        """Whether the last checkpoint is as old as it may become."""
+        return time.monotonic() > self.next_save
+
+    def newest(self) -> tuple[Path, Checkpoint] | None:
+        """The checkpoint to resume, with its file; None if there is none. The errors of RunFolder.newest."""
+        found = self.folder.newest()
+        self.fresh = found is None
+        return found
+
+    def begin(self, state: State) -> None:
+        """Cut the logs off after the state's position, and keep preset, options and, of a fresh state, a checkpoint."""
+        position = state.position
+        moments = 4 if state.ema else 3  # weights, moving average, AdamW's two moments, in fp32
+        self.folder.check_space(state.num_parameters * 4 * moments)
+        self.folder.steps.rewind(lambda row: row["step"] <= position.step)
+        self.history = self.folder.epochs.rewind(lambda row: Epoch(**row).epoch <= position.epoch)
+        for name, content in (
+            (PRESET, state.preset.model_dump_json(indent=2).encode() + b"\n"),
+            (OPTIONS, self.options.to_keep()),
+        ):
+            with replacing(self.options.out / name) as file:
+                file.write(content)
+        if self.fresh:
+            self.folder.save(state.checkpoint(), 0)
+        self.saved_at = position.step, position.epoch
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Add a row to steps.jsonl."""
+        self.folder.steps.add(row)
+
+    def flush(self) -> None:
+        """Write the logs' pending rows; if that fails, the next save tries again, and raises."""
+        with contextlib.suppress(OutputError):
+            self.folder.steps.flush()
+            self.folder.epochs.flush()
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint, unless there is one of this position. OutputError if that fails for too long."""
+        position = state.position
+        if self.saved_at != (position.step, position.epoch):
+            self._persist(lambda: self.folder.save(state.checkpoint(), position.step))
+            self.saved_at = position.step, position.epoch
+        self._schedule()
+
+    def rescue(self, state: State) -> None:
+        """Write a checkpoint after a failure, if possible, without another rank's help."""
+        with contextlib.suppress(OutputError):
+            self.folder.save(state.checkpoint(), state.position.step)
+
+    def finish_epoch(self, state: State, summary: Epoch) -> None:
+        """Log the epoch, keep the best model, save if it is time or the last epoch, and draw the curves."""
+        self.history.append(asdict(summary))
+        self.folder.epochs.add(self.history[-1])
+        last = summary.epoch == state.preset.train.epochs
+        # First the best model, then the state that says which one is best.
+        if summary.epoch == state.position.best_epoch:
+            best = replace(state.checkpoint(), training=None)
+            self._persist(lambda: save_checkpoint(self.options.out / BEST, best))
+        if last or self.save_due:
+            self.save(state)
+        if last or time.monotonic() - self.curves_drawn > CURVES_SECONDS:
+            self._draw_curves(state.preset.name)
+        self.flush()
+
+    def _persist(self, write: Callable[[], object]) -> None:
+        """Write, and if that fails, try again for a while: disks are emptied, mounts come back."""
+        start, failed = time.monotonic(), False
+        while True:
             try:
-                old.unlink()
-            except OSError as error:
-                logger.warning("cannot remove %s: %s", old, error.strerror)
-        with writing(self.path):
-            sync_folder(self.path)
+                write()
+                break
+            except OutputError as error:
+                stopping = self.signals.stop or self.signals.acknowledged
+                minutes = self.options.save_retry_minutes
+                if failed and (stopping or time.monotonic() - start > 60 * minutes):
+                    raise
+                if not failed:
+                    logger.warning("%s; trying again for %g minutes", error.what, minutes)
+                failed = True
+                time.sleep(1)
+        self.save_seconds += time.monotonic() - start
 
-    def check_space(self, size: int) -> None:
-        """OutputError unless the checkpoints that are kept, each of `size` bytes, and one in the making have room."""
-        needed = (KEEP + 1 - len(step_files(self.path))) * size
-        with writing(self.path):
-            free = shutil.disk_usage(self.path).free
-        if free < needed:
-            raise OutputError(
-                f"the run needs {needed / 1e6:,.0f} MB in {self.path}, {free / 1e6:,.0f} MB are free",
-                "free space or choose another --out",
-            )
+    def _schedule(self) -> None:
+        self.next_save = time.monotonic() + 60 * self.options.save_minutes
 
-
-class _Log:
-    """A file of JSON lines. Rows wait in memory until they are written; a write that fails is undone."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.pending: list[str] = []
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        self.pending.append(json.dumps(row, allow_nan=False) + "\n")
-
-    def flush(self, *, sync: bool = False) -> None:
-        """Append the waiting rows. OutputError when that fails; they then still wait."""
-        if not self.pending and not sync:
-            return
-        with writing(self.path), self.path.open("ab", buffering=0) as file:
-            before = file.seek(0, os.SEEK_END)
-            try:
-                _write_all(file, "".join(self.pending).encode())
-                if sync:
-                    os.fsync(file.fileno())
-            except OSError:
-                file.truncate(before)
-                raise
-        self.pending.clear()
-
-    def rewind(self, keep: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Remove the rows that are torn or not to be kept; gives those that stay."""
-        rows, lines = [], []
-        with writing(self.path):
-            if self.path.exists() and not self.path.is_file():
-                raise OutputError(f"{self.path} is not a regular file", "remove it")
-            text = self.path.read_text(errors="replace") if self.path.exists() else ""
-        for line in text.splitlines(keepends=True):
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # of what is no row of ours
-                row = json.loads(line)
-                if line.endswith("\n") and keep(row):
-                    rows.append(row)
-                    lines.append(line)
-        if "".join(lines) != text:
-            with replacing(self.path) as file:
-                file.write("".join(lines).encode())
-        return rows
+    def _draw_curves(self, title: str) -> None:
+        """Draw the curves; a failure to do so stops no training."""
+        try:
+            draw_curves(self.history, self.options.out / CURVES, title=title)
+        except OutputError as error:
+            logger.warning("%s", error.what)
+        self.curves_drawn = time.monotonic()
 
 
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    while data:
-        data = data[file.write(data) :]
+@contextlib.contextmanager
+def open_run(options: TrainOptions, world: World, signals: Signals) -> Iterator[NoRun]:
+    """The run in `options.out`, locked while this lasts. OutputError if another process holds it."""
+    if not world.is_main:
+        yield NoRun()
+        return
+    folder = RunFolder(options.out)
+    try:
+        yield Run(folder, options, signals)
+    finally:
+        folder.close()

@@ -1,33 +1,39 @@
-"""What a training does when it is told to stop: it finishes its step and saves, as the loop looks at these wishes."""
+"""Signals as wishes that the training loop looks at: it finishes its step and saves before it stops."""
 
 import contextlib
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from lsag.errors import InterruptedByUserError, LsagError, TerminatedError
 
+if TYPE_CHECKING:
+    from lsag.training.options import TrainOptions
+
 
 class StopRequestedError(BaseException):
-    """A wish to stop that came while nothing is to be saved. No Exception, lest a library's error handling eat it."""
+    """A wish to stop. Not an Exception, so that no library's error handling swallows it."""
+
+    def __init__(self, signal: int = signal.SIGTERM) -> None:
+        self.signal = signal
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGHUP become `stop`, SIGUSR1 becomes `save`; a second SIGINT is a KeyboardInterrupt.
+    """SIGTERM, SIGINT and SIGHUP set `stop`, SIGUSR1 sets `save`; a second SIGINT is a KeyboardInterrupt.
 
-    In effect while entered, and in the main thread only: elsewhere Python lets nobody handle signals.
+    In effect while entered, and in the main thread only: Python handles signals nowhere else.
     """
 
     def __init__(self) -> None:
         self.lasting = False
-        """Whether the handlers stay when this is left: one process of several is about to end then, undisturbed."""
+        """Whether the handlers stay on exit: one process of several then ends undisturbed."""
         self.stop = 0
-        """The number of the signal that asked to stop, 0 while none has."""
+        """The number of the first signal that asked to stop, 0 if there is none."""
         self.save = False
         self.acknowledged = False
-        """Whether the loop has seen the wish to stop, and is saving."""
+        """Whether the loop has seen the wish to stop and is saving."""
         self._interruptible = False
         self._previous: dict[int, Any] = {}
 
@@ -57,7 +63,7 @@ class Signals:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """While this lasts, a wish to stop is raised at once as StopRequestedError: for waits of unknown length."""
+        """Inside, a wish to stop is raised at once as StopRequestedError: for waits of unknown length."""
         self._interruptible = True
         try:
             if self.stop:
@@ -67,7 +73,9 @@ class Signals:
             self._interruptible = False
 
 
-def stopped(number: int, what: str, fix: str) -> LsagError:
-    """The error that ends a training which signal `number` stopped."""
-    kind = InterruptedByUserError if number == signal.SIGINT else TerminatedError
-    return kind(f"stopped by {signal.Signals(number).name}: {what}", fix)
+def stopped(number: int, step: int, options: "TrainOptions") -> LsagError:
+    """The error that ends a training which signal `number` stopped after `step`."""
+    interrupted = number == signal.SIGINT
+    kind = InterruptedByUserError if interrupted else TerminatedError
+    cause = "interrupted" if interrupted else f"stopped by {signal.Signals(number).name}"
+    return kind(f"{cause}; step {step} is saved in {options.out}", f"resume with: {options.resume_command}")

@@ -168,9 +168,9 @@ def test_eval_of_cifar10_as_torchvision_keeps_it(tmp_path, monkeypatch):
     assert result["images"] == 20 and list(result["per_class"]) == names
     # The images reach the model as they are in the file.
     images = torch.from_numpy(batch["data"]).view(20, 3, 32, 32)
-    from lsag.inference.classifier import classifier
+    from lsag.inference.classifier import Classifier
 
-    logits = classifier(checkpoint, torch.device("cpu"))(images)
+    logits = Classifier(checkpoint)(images)
     hits = (logits.argmax(1) == torch.tensor(batch["labels"])).float().mean().item()
     assert result["top1"] == pytest.approx(hits)
 
@@ -205,16 +205,24 @@ REFUSED = {
     "other classes": (["train", "--set", "model.num_classes=12"], 2, ["digits has 10 classes"]),
     "unknown GPU": (["train", "--device", "cuda:99"], 4, ["cuda:99"]),
     "no argument": (["eval"], 2, ["checkpoint"]),
-    "no run": (["export", "--onnx"], 3, ["none in runs/", "lsag train"]),
+    "no run": (["export", "--onnx"], 3, ["no run in ./runs has a best.pt"]),
     "no format": (["export"], 2, ["--onnx"]),
     "two models": (["export", "a.pt", "--onnx", "--preset", "cifar-tiny", "--random-weights"], 2, ["no checkpoint"]),
     "a picture over a checkpoint": (["eval", "a.pt", "--plot", "a.pt"], 2, ["--plot a.pt does not end in .png"]),
-    "a folder to export": (["export", ".", "--onnx"], 3, [". is a folder"]),
-    "a folder to convert": (["convert", ".", "--preset", "cifar-tiny"], 3, [". is a folder"]),
+    "a folder to export": (["export", ".", "--onnx"], 3, ["cannot read checkpoint .", "not a regular file"]),
+    "a folder to convert": (
+        ["convert", ".", "--preset", "cifar-tiny"],
+        3,
+        ["cannot read checkpoint .", "not a regular file"],
+    ),
     "a name that is too long": (["eval", "x" * 300 + ".onnx"], 3, ["too long"]),
     "a device as checkpoint": (["eval", "/dev/zero"], 3, ["not a regular file"]),
     "a preset beside a checkpoint": (["export", "a.pt", "--onnx", "--preset", "cifar-tiny"], 2, ["own preset"]),
-    "nothing to convert": (["convert", "absent.pth", "--preset", "cifar-tiny"], 3, ["absent.pth does not exist"]),
+    "nothing to convert": (
+        ["convert", "absent.pth", "--preset", "cifar-tiny"],
+        3,
+        ["cannot read checkpoint"],
+    ),
     "unknown provider": (["eval", "absent.onnx", "--provider", "tpu"], 2, ["--provider", "tpu"]),
     "device of a graph": (["eval", "absent.onnx", "--device", "cpu"], 2, ["use --provider"]),
 }
@@ -377,9 +385,7 @@ def test_interrupting_says_what_is_kept(tmp_path):
     training.send_signal(signal.SIGINT)
     _, errors = training.communicate(timeout=60)
     assert training.returncode == 130
-    said = re.search(
-        r"stopped by SIGINT: step (\d+) is saved in run — continue with: lsag train --resume run\n$", errors
-    )
+    said = re.search(r"interrupted; step (\d+) is saved in run — resume with: lsag train --resume run\n$", errors)
     assert said and load_checkpoint(tmp_path / f"run/step-{int(said[1]):010d}.pt").epoch >= 1
     assert "Traceback" not in errors
 

@@ -87,7 +87,7 @@ def test_killed_at_a_point(server, arguments, undisturbed, tmp_path, point):
     assert checkpoints_are_whole(tmp_path / "run") >= 1
     run = server.start([*arguments, *accum], tmp_path, {})
     assert run.wait() == 0, run.stderr
-    assert "continues after step" in run.stderr
+    assert "resumed after step" in run.stderr
     assert not list((tmp_path / "run").glob(".step*"))  # what the interrupted write left is gone
     assert_same(result(tmp_path / "run"), undisturbed)
 
@@ -117,7 +117,7 @@ def test_killed_rank_of_four(arguments, undisturbed_4, tmp_path):
     said = kill_one_of_four(arguments, tmp_path, 55, victim=2)
     lines = [line for line in said.splitlines() if "error" in line]
     assert len(lines) == 1 and "rank 2 (process" in lines[0] and "was killed by SIGKILL" in lines[0], said
-    assert "continue with: lsag train --resume run" in lines[0] and "Traceback" not in said
+    assert "resume with: lsag train --resume run" in lines[0] and "Traceback" not in said
     run = Spawned([*arguments, *FOUR], tmp_path)
     assert run.wait() == 0, run.stderr
     assert_same(result(tmp_path / "run"), undisturbed_4)

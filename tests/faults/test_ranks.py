@@ -31,7 +31,7 @@ def test_a_run_may_go_on_with_other_ranks(server, arguments, undisturbed_4, tmp_
     assert run.wait() == 143, run.stderr
     run = Spawned([*arguments, "--procs", "2", "--accum", "4"], tmp_path)
     assert run.wait() == 0, run.stderr
-    assert "continues after step 50" in run.stderr
+    assert "resumed after step 50" in run.stderr
     for ours, theirs in zip(rows(tmp_path / "run"), undisturbed_4["steps"], strict=True):
         assert ours["lr"] == theirs["lr"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 

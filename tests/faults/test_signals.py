@@ -24,7 +24,8 @@ def test_stopped_in_every_phase(server, arguments, undisturbed, tmp_path, point,
     done = steps_logged(tmp_path / "run")
     last = run.stderr.splitlines()[-1]
     name = {"term": "SIGTERM", "int": "SIGINT"}[kind]
-    said = f"lsag: error: stopped by {name}: step {done} is saved in run — continue with: lsag train --resume run"
+    cause = "interrupted" if name == "SIGINT" else f"stopped by {name}"
+    said = f"lsag: error: {cause}; step {done} is saved in run — resume with: lsag train --resume run"
     assert last.startswith(said) and "--accum 2 --save-minutes 0.003" in last
     assert load_checkpoint(tmp_path / f"run/step-{done:010d}.pt").training["step"] == done
     run = server.start([*arguments, *ACCUM], tmp_path, {})

@@ -10,7 +10,8 @@ from lsag import load_preset
 from lsag.checkpoint import Checkpoint, random_checkpoint
 from lsag.data.transforms import Normalize
 from lsag.errors import CheckError, UsageError
-from lsag.inference.export import OPSETS, checked_batches, export_onnx, made_up_images
+from lsag.inference.export import checked_batches, export_onnx, made_up_images
+from lsag.inference.providers import OPSETS
 from lsag.inference.session import Session
 from lsag.presets import preset_names
 from tests.conftest import ABLATIONS, randomise, small_config

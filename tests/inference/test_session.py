@@ -13,8 +13,15 @@ from lsag import load_preset
 from lsag.checkpoint import random_checkpoint, save_checkpoint
 from lsag.errors import InputError, UnavailableError, UsageError
 from lsag.inference.export import export_onnx, made_up_images
-from lsag.inference.providers import check_driver, describe_installation, distributions, how_to_fix, torch_cuda
-from lsag.inference.session import PROVIDERS, Session, graph_digest
+from lsag.inference.providers import (
+    PROVIDERS,
+    check_driver,
+    describe_installation,
+    distributions,
+    how_to_fix,
+    torch_cuda,
+)
+from lsag.inference.session import Session, graph_digest
 from tests.conftest import assert_refused, randomise
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which CUDA does not load")
@@ -78,7 +85,7 @@ def test_a_gpu_is_never_replaced_by_the_cpu(graph, provider, monkeypatch):
 def test_auto_says_why_it_took_the_cpu(graph, monkeypatch, capfd):
     monkeypatch.setattr("lsag.inference.session.has_driver", lambda: False)
     session = Session(graph, provider="auto")
-    assert (session.provider, session.fallback_reason) == ("cpu", "there is no NVIDIA driver")
+    assert (session.provider, session.fallback_reason) == ("cpu", "no NVIDIA driver found")
     # A driver, and the package for CPUs.
     monkeypatch.setattr("lsag.inference.session.has_driver", lambda: True)
     monkeypatch.setattr("lsag.inference.providers.distributions", lambda: {"onnxruntime": "1"})
@@ -116,7 +123,7 @@ def test_auto_says_why_it_took_the_cpu(graph, monkeypatch, capfd):
 @NO_CUDA
 def test_the_commands_say_why_on_stderr(lsag, graph, checkpoint, folder, tmp_path):
     save_checkpoint(tmp_path / "a.pt", checkpoint)
-    line = "on the CPU: there is no NVIDIA driver\n"
+    line = "running on the CPU (no NVIDIA driver found)\n"
     for command in (["predict", graph, "val/cat/0.png"], ["predict", graph, "val/cat/0.png", "--json"]):
         done = lsag(*command)
         assert (done.returncode, done.stderr) == (0, line)
@@ -147,7 +154,7 @@ def test_the_driver_is_looked_for_without_torch():
     assert onnxruntime.__version__ in describe_installation() and "onnxruntime" in " ".join(distributions())
 
 
-def test_two_onnxruntimes_are_the_first_thing_to_mend(monkeypatch):
+def test_two_onnxruntimes_are_the_first_thing_to_fix(monkeypatch):
     monkeypatch.setattr("lsag.inference.providers.distributions", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
     assert how_to_fix("cuda").startswith("pip uninstall -y onnxruntime onnxruntime-gpu")
 

@@ -17,7 +17,7 @@ def variant_tokens(image: Tensor, weights: dict[str, Tensor], config: ModelConfi
     kernel, stride, padding, size = config.patch_kernel, config.patch_stride, config.patch_padding, config.image_size
     side = config.grid_sizes[0]
     num_variants, dim = config.num_variants, config.stages[0].embed_dim
-    # A shared convolution and shared positions are there once.
+    # A shared convolution and shared positions exist once.
     conv = (
         weights["embed.conv.weight"].view(-1, dim, config.in_channels, kernel, kernel).expand(num_variants, *[-1] * 4)
     )
@@ -42,7 +42,7 @@ def variant_tokens(image: Tensor, weights: dict[str, Tensor], config: ModelConfi
 
 
 def reflected(index: int, size: int) -> int:
-    """Where an index outside of 0..size - 1 is in the mirror."""
+    """The mirror image of an index outside of 0..size - 1."""
     return -index if index < 0 else min(index, 2 * (size - 1) - index)
 
 

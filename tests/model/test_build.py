@@ -18,8 +18,10 @@ from lsag.inference.explain import explain
 from lsag.inference.export import export_onnx
 from lsag.model.build import build_model, check_training, count_model, set_recompute, timm_model
 from lsag.paper.tables import TABLES
-from lsag.training.loop import data_parallel, train
+from lsag.training.begin import data_parallel
+from lsag.training.loop import train
 from lsag.training.optim import make_optimizer, moving_average
+from lsag.training.options import TrainOptions
 from lsag_cli.app import app
 from tests.conftest import ROOT, assert_refused
 from tests.training.test_resume import assert_equal, changed, losses, run, stop_after, weights
@@ -79,7 +81,7 @@ def test_drop_path_is_the_preset_s_even_where_timm_has_another():
 def test_what_does_not_fit_is_said_before_anything_is_read_or_written(tmp_path, spec, changes, words):
     with pytest.raises(UsageError, match=words):
         preset = load_preset("cifar-tiny", changes, timm=spec)
-        next(train(preset, data_dir=tmp_path / "absent", out=tmp_path / "run", device="cpu", download=False))
+        next(train(preset, TrainOptions(data_dir=tmp_path / "absent", out=tmp_path / "run", download=False)))
     assert not list(tmp_path.iterdir())
 
 
@@ -169,7 +171,7 @@ def test_a_continued_run_has_its_running_statistics(tmp_path, preset, ema):
 
 
 def test_a_skipped_step_leaves_no_statistics(tmp_path, preset, monkeypatch):
-    import lsag.training.loop as module
+    import lsag.training.step as module
 
     bad = iter([False] * 4 + [True] + [False] * 10_000)
     monkeypatch.setattr(module, "failpoint", lambda name: name == "after_forward" and next(bad))

@@ -8,17 +8,17 @@ import lsag.model.cpu
 from lsag import LSAG
 from lsag.model.blocks import MLP
 from lsag.model.cpu import MLP_ROWS, Linear, attention, linear
-from lsag.paper.released import plain
+from lsag.paper.released import as_released
 from tests.conftest import small_config
 
-needs_onednn = pytest.mark.skipif(  # asks the machine: an operator that torch renames has to be seen
+needs_onednn = pytest.mark.skipif(  # asks the machine, not our module: a renamed operator must be noticed
     not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"), reason="no oneDNN here"
 )
 INPUTS = {
     "rows": torch.randn(5, 6),
     "one row": torch.randn(1, 6),
     "tokens": torch.randn(2, 3, 6),
-    "rows that stand apart": torch.randn(2, 3, 4, 6)[:, :, 1],
+    "rows with gaps": torch.randn(2, 3, 4, 6)[:, :, 1],
     "transposed": torch.randn(3, 6, 4).transpose(1, 2),
     "no rows": torch.randn(0, 6),
     "a vector": torch.randn(6),
@@ -27,8 +27,8 @@ INPUTS = {
 
 @pytest.fixture(autouse=True)
 def everything_through_onednn(monkeypatch):
-    """As where MKL has half of the processor, whatever this one is."""
-    monkeypatch.setattr(lsag.model.cpu, "MKL_HAS_HALF", True)
+    """As on a processor that MKL is slow on, whatever this one is."""
+    monkeypatch.setattr(lsag.model.cpu, "MKL_IS_SLOW", True)
 
 
 @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
@@ -50,7 +50,7 @@ def test_products_and_gradients_are_those_of_torch(x, wide, bias):
 
 
 @needs_onednn
-def test_only_what_it_serves_goes_through_onednn(monkeypatch):
+def test_only_fp32_on_a_cpu_goes_through_onednn(monkeypatch):
     calls = []
     real = lsag.model.cpu._onednn
     monkeypatch.setattr(lsag.model.cpu, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
@@ -62,7 +62,7 @@ def test_only_what_it_serves_goes_through_onednn(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype is torch.bfloat16
     assert layer.to("meta")(x.to("meta")).device.type == "meta"
-    plain(LSAG(small_config())).forward(torch.randn(1, 3, 12, 12))
+    as_released(LSAG(small_config())).forward(torch.randn(1, 3, 12, 12))
     assert not calls
 
 
@@ -70,7 +70,7 @@ def test_only_what_it_serves_goes_through_onednn(monkeypatch):
 def test_elsewhere_attention_and_gradients_are_left_to_torch(monkeypatch):
     calls = []
     real = lsag.model.cpu._onednn
-    monkeypatch.setattr(lsag.model.cpu, "MKL_HAS_HALF", False)
+    monkeypatch.setattr(lsag.model.cpu, "MKL_IS_SLOW", False)
     monkeypatch.setattr(lsag.model.cpu, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
     block, x = MLP(6, 20), torch.randn(2, 6)
     block(x)
@@ -91,24 +91,24 @@ PROCESSORS = {
 
 
 @pytest.mark.parametrize(("vendor", "family", "vectors", "expected"), PROCESSORS.values(), ids=PROCESSORS)
-def test_where_mkl_has_half(monkeypatch, vendor, family, vectors, expected):
+def test_where_mkl_is_slow(monkeypatch, vendor, family, vectors, expected):
     text = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n"
     monkeypatch.setattr("pathlib.Path.read_text", lambda path: text)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: vectors)
-    assert lsag.model.cpu._mkl_has_half() is expected
+    assert lsag.model.cpu._mkl_is_slow() is expected
 
 
-def test_where_nothing_says_what_the_processor_is(monkeypatch):
+def test_an_unknown_processor_is_left_to_mkl(monkeypatch):
     def read(path):
         raise FileNotFoundError(path)
 
     monkeypatch.setattr("pathlib.Path.read_text", read)
-    assert not lsag.model.cpu._mkl_has_half()
+    assert not lsag.model.cpu._mkl_is_slow()
 
 
 @pytest.mark.parametrize("queries", [1, 300, 1500])
 def test_attention_is_that_of_torch(queries):
-    """Heads that stand apart in memory, as the model has them, and more queries than are treated at a time."""
+    """With gaps between heads in memory, as in the model, and with more queries than one chunk has."""
     query = torch.randn(2, queries, 3, 8).transpose(1, 2).requires_grad_()
     key, value = torch.randn(2, 300, 2, 3, 8, requires_grad=True).permute(2, 0, 3, 1, 4)
     leaves, found = (query, key, value), attention(query, key, value)
@@ -125,22 +125,24 @@ def test_attention_is_that_of_torch(queries):
 
 @needs_onednn
 def test_attention_keeps_no_weights():
-    query, key, value, kept = *torch.randn(3, 1, 1, 300, 8, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape) or saved, lambda saved: saved):
+    query, key, value, shapes = *torch.randn(3, 1, 1, 300, 8, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: shapes.append(saved.shape) or saved, lambda saved: saved
+    ):
         attention(query, key, value)
-    assert kept == [(1, 1, 300, 8)] * 3
+    assert shapes == [(1, 1, 300, 8)] * 3
 
 
 @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
 def test_the_mlp_is_that_of_torch(monkeypatch, x):
-    """Values, and gradients, for which GELU is computed once more and changed in place."""
+    """Values, and gradients, for which GELU is recomputed and changed in place."""
     block = MLP(6, 20)
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     leaves = [x, *block.parameters()]
     found, expected = block(x), nn.Sequential.forward(block, x)
     grad = torch.randn(expected.shape)
     theirs = torch.autograd.grad(expected, leaves, grad)
-    # From what was saved once, again and again; all rows at a time, two, one.
+    # Repeatedly from the same saved tensors: all rows at a time, two, one.
     for rows in (MLP_ROWS, MLP_ROWS, 2, 1):
         monkeypatch.setattr(lsag.model.cpu, "MLP_ROWS", rows)
         ours = torch.autograd.grad(found, leaves, grad, retain_graph=True)
@@ -153,11 +155,13 @@ def test_the_mlp_is_that_of_torch(monkeypatch, x):
 
 
 @needs_onednn
-def test_the_mlp_keeps_its_input_alone():
-    block, kept = MLP(6, 20), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape) or saved, lambda saved: saved):
+def test_the_mlp_keeps_only_its_input():
+    block, shapes = MLP(6, 20), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: shapes.append(saved.shape) or saved, lambda saved: saved
+    ):
         block(torch.randn(1000, 6))
-    assert kept == [(1000, 6), (20, 6), (20,), (6, 20)]
+    assert shapes == [(1000, 6), (20, 6), (20,), (6, 20)]
 
 
 def test_a_frozen_layer_gets_no_gradient():

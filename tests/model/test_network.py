@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 import lsag.model.cpu
 from lsag import LSAG, ModelConfig, load_preset
-from lsag.paper.released import plain
+from lsag.paper.released import as_released
 from lsag.presets import preset_names
 from tests.conftest import ABLATIONS, CIFAR_SHIFTS, IMAGENET_SHIFTS, ONE_SHIFT, images, randomise, small_config
 from tests.model import oracle
@@ -32,7 +32,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_agrees_with_a_literal_reading_of_the_paper(config):
+def test_agrees_with_the_paper_read_literally(config):
     model = randomise(LSAG(config)).eval()
     batch = images(2, config)
     expected = oracle.logits(batch, dict(model.state_dict()), config)
@@ -43,9 +43,9 @@ def test_agrees_with_a_literal_reading_of_the_paper(config):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("chunk", ["all", "a row", "a row of two images", "rows of all images"])
 def test_chunks_and_the_released_formulation_give_the_same(config, chunk):
-    """Also where rows or images are left over, and with the local block computed again in the backward."""
+    """Also where rows or images are left over, and with the local block recomputed in the backward."""
     model = randomise(LSAG(config.model_copy(update={"drop_path": 0.0}))).train()
-    released, batch = plain(model), images(3, config)
+    released, batch = as_released(model), images(3, config)
     block, side = model.stages[0].blocks[0], config.grid_sizes[0]
     num_rows = {"a row": 1, "a row of two images": 2, "rows of all images": 3 * (side // 2 + 1)}
     row_bytes = 4 * side * config.num_variants * config.stages[0].embed_dim
@@ -60,7 +60,7 @@ def test_chunks_and_the_released_formulation_give_the_same(config, chunk):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         found.square().sum().backward()
         for (name, ours), theirs in zip(model.named_parameters(), released.parameters(), strict=True):
-            # Some are rounding error alone: of a key's bias, or of a query that meets one key.
+            # Some are nothing but rounding error: of a key's bias, or of a query with a single key.
             scale = max(theirs.grad.abs().max(), largest / 1000)
             torch.testing.assert_close(ours.grad / scale, theirs.grad / scale, rtol=0, atol=1e-4, msg=name)
 
@@ -73,21 +73,21 @@ LARGE = ("cifar-small", "cifar-base", *(f"cifar-tiny-{name}" for name in [*ABLAT
     [
         pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
         for name in preset_names()
-        if name != "cifar-tiny-ii"  # BatchNorm: in a training, an image is not alone
+        if name != "cifar-tiny-ii"  # BatchNorm: in training, results depend on the whole batch
     ],
 )
-@pytest.mark.parametrize("mkl_has_half", [True, False])
-def test_presets_compute_what_the_released_formulation_computes(monkeypatch, name, mkl_has_half):
+@pytest.mark.parametrize("mkl_is_slow", [True, False])
+def test_presets_compute_what_the_released_formulation_computes(monkeypatch, name, mkl_is_slow):
     """At full size: logits within 1e-5, as inference and as training computes them; gradients within 1e-4.
 
-    As on either kind of processor, whatever this one is. For the gradients the pooling, which is the same in both, is a
-    mean: with two maxima that are almost equal, rounding decides which of them gets the gradient.
+    As on either kind of processor, whatever this one is. For the gradients both pool with a mean: of two maxima that
+    are almost equal, rounding decides which gets the gradient.
     """
-    monkeypatch.setattr("lsag.model.cpu.MKL_HAS_HALF", mkl_has_half)
+    monkeypatch.setattr("lsag.model.cpu.MKL_IS_SLOW", mkl_is_slow)
     torch.manual_seed(0)
     config = load_preset(name).model.model_copy(update={"drop_path": 0.0})
     model = LSAG(config).train()
-    released = plain(model)
+    released = as_released(model)
     batch = images(2, config)
     expected = released(batch)
     with torch.inference_mode():
@@ -101,20 +101,22 @@ def test_presets_compute_what_the_released_formulation_computes(monkeypatch, nam
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4 * theirs.grad.abs().max(), msg=label)
 
 
-@pytest.mark.parametrize("mkl_has_half", [True, False])
-def test_a_recomputed_local_block_keeps_no_hidden_layer(monkeypatch, mkl_has_half):
-    monkeypatch.setattr("lsag.model.cpu.MKL_HAS_HALF", mkl_has_half)
-    model, kept = LSAG(small_config()).train(), []
+@pytest.mark.parametrize("mkl_is_slow", [True, False])
+def test_a_recomputed_local_block_keeps_no_hidden_layer(monkeypatch, mkl_is_slow):
+    monkeypatch.setattr("lsag.model.cpu.MKL_IS_SLOW", mkl_is_slow)
+    model, shapes = LSAG(small_config()).train(), []
     stage, batch = model.stages[0], images(2, model.config)
     hidden = stage.blocks[0].mlp[0].out_features
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape) or saved, lambda saved: saved):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: shapes.append(saved.shape) or saved, lambda saved: saved
+    ):
         for recompute, precision in ((False, torch.float32), (True, torch.float32), (True, torch.bfloat16)):
             model.set_grad_checkpointing(recompute, local_only=True)
-            kept.clear()
+            shapes.clear()
             with torch.autocast("cpu", precision, enabled=precision is not torch.float32):
                 stage.blocks[0](batch, model.embed, stage.norm1, stage.norm2)
-            found = any(shape[-1:] == (hidden,) and shape[:-1].numel() > hidden for shape in kept)
-            assert found is not (recompute or (mkl_has_half and lsag.model.cpu._onednn is not None))
+            found = any(shape[-1:] == (hidden,) and shape[:-1].numel() > hidden for shape in shapes)
+            assert found is not (recompute or (mkl_is_slow and lsag.model.cpu._onednn is not None))
 
 
 def test_extending_and_rolling_differ_only_for_kernel_9():
@@ -123,14 +125,14 @@ def test_extending_and_rolling_differ_only_for_kernel_9():
     for kernel, padding, same in ((9, 1, False), (7, 0, True)):
         change = {"patch_kernel": kernel, "patch_padding": padding}
         embeds = [randomise(LSAG(config.model_copy(update=change))).embed for config in (rolled, extended)]
-        a, b = (embed(embed.canvas(batch), embed.pos, embed.matrices()) for embed in embeds)
+        a, b = (embed(batch) for embed in embeds)
         differs = (a - b).abs().amax(dim=(0, 2, 3)).view(4, 4) > 1e-6
         assert not differs[:3, :3].any()
         assert bool(differs[3].any() or differs[:, 3].any()) is not same
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_row_of_a_batch_is_that_image_alone(config):
+def test_images_of_a_batch_do_not_affect_each_other(config):
     model = randomise(LSAG(config)).eval()
     batch = images(3, config)
     torch.testing.assert_close(model(batch)[1:2], model(batch[1:2]), rtol=1e-5, atol=1e-5)
@@ -229,7 +231,7 @@ def test_refuses_images_of_another_shape(shape):
         ({"local": "cvt", "shifts": ONE_SHIFT, "patch_stride": 3}, "overlapping"),
     ],
 )
-def test_configurations_that_cannot_be_are_refused(change, message):
+def test_impossible_configurations_are_refused(change, message):
     with pytest.raises(ValidationError, match=message):
         small_config(**change)
 
@@ -254,25 +256,25 @@ def test_every_preset_builds_and_runs(name):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_patches_and_variants_are_cut_and_kept_in_the_order_that_is_fast(config):
-    """Another order in memory gives the same numbers, but takes up to five times as long to cut."""
+def test_images_and_variants_have_the_fast_layout_in_memory(config):
+    """Another layout gives the same numbers more slowly (docs/benchmarks.md, Where the speed comes from)."""
     embed = LSAG(config).embed
-    canvas = embed.canvas(images(2, config))
-    assert canvas.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
-    assert embed(canvas, embed.pos, embed.matrices()).is_contiguous()
+    batch = images(2, config)
+    assert embed.shift(batch).flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert embed(batch).is_contiguous()
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (2, 0), (0, 1), (-3, 0), (0, -2), (2, -1), (-1, 2)])
-def test_translation_reflects_what_moves_in(shift):
+def test_translation_reflects_the_border(shift):
     px, py = shift
     embed = LSAG(small_config(variants="translation", patch_padding=0, shifts=((0, 0), shift))).embed
     batch = images(2, small_config())
     wide = np.pad(batch.numpy(), ((0, 0), (0, 0), (5, 5), (5, 5)), mode="reflect")
     expected = wide[:, :, 5 - py : 17 - py, 5 - px : 17 - px]
-    np.testing.assert_array_equal(embed.canvas(batch)[1].numpy(), expected)
+    np.testing.assert_array_equal(embed.shift(batch)[1].numpy(), expected)
 
 
-def test_a_shared_convolution_and_shared_positions_are_own_ones_that_are_equal():
+def test_sharing_equals_separate_parameters_of_the_same_values():
     shared = randomise(LSAG(small_config(shifts=CIFAR_SHIFTS, variants="translation", position="shared"))).embed
     own = LSAG(small_config(shifts=CIFAR_SHIFTS)).embed
     with torch.no_grad():
@@ -280,8 +282,10 @@ def test_a_shared_convolution_and_shared_positions_are_own_ones_that_are_equal()
         own.conv.bias.copy_(torch.cat([shared.conv.bias] * 18))
         own.pos.copy_(torch.cat([shared.pos] * 18, dim=1))
     assert shared.conv.weight.shape == (8, 3, 3, 3) and shared.pos.shape == (144, 1, 8)
-    canvas = shared.canvas(images(2, small_config()))
-    torch.testing.assert_close(*(embed(canvas, embed.pos, embed.matrices()) for embed in (shared, own)))
+    shifted = shared.shift(images(2, small_config()))
+    torch.testing.assert_close(
+        *(embed.embed_rows(shifted, embed.pos, embed.kernel_matrices()) for embed in (shared, own))
+    )
 
 
 def test_without_local_attention_the_first_block_is_a_global_one():
@@ -296,7 +300,7 @@ def test_without_local_attention_the_first_block_is_a_global_one():
 
 
 @pytest.mark.parametrize("size", [6, 12, 16], ids=["one window", "padded to 16", "four windows"])
-def test_swins_block_looks_at_its_window_alone(size):
+def test_swins_block_looks_only_at_its_window(size):
     config = small_config(image_size=size, **ABLATIONS["i"])
     model = randomise(LSAG(config)).eval()
     block, window = model.stages[0].blocks[0], min(size, 8)
@@ -332,8 +336,8 @@ def test_cvts_attention_has_a_quarter_of_the_keys():
     )
     heads = [(query[..., head * 4 :][..., :4] @ key.transpose(1, 2) / 2).softmax(-1) @ value for head in range(2)]
     torch.testing.assert_close(attention(x), attention.proj(torch.cat(heads, dim=2)), rtol=1e-4, atol=1e-4)
-    # The token embedding is normalised before its position is added.
-    tokens = model.embed.tokens(images(2, config)) - model.embed.pos[:, 0]
+    # The token embedding is normalised before positions are added.
+    tokens = model.embed(images(2, config))[:, :, 0] - model.embed.pos[:, 0]
     normal = (tokens - model.embed.norm.bias) / model.embed.norm.weight
     torch.testing.assert_close(normal.mean(2), torch.zeros(2, 81), rtol=0, atol=1e-4)
 
@@ -356,5 +360,5 @@ def test_ablations_give_features_and_recompute_as_others_do(name):
             torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-4 * max(1, value.abs().max()), msg=key)
     _, features = model.eval().forward_intermediates(batch)
     assert [tuple(feature.shape) for feature in features] == [(3, 8, 12, 12), (3, 12, 6, 6), (3, 16, 3, 3)]
-    torch.testing.assert_close(plain(model)(batch), model(batch), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(as_released(model)(batch), model(batch), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(batch)[1:2], model(batch[1:2]), rtol=1e-4, atol=1e-4)

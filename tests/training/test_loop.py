@@ -11,13 +11,16 @@ from lsag import LSAG, load_checkpoint, load_preset
 from lsag.data.sources import open_split
 from lsag.errors import CheckError, InputError, OutputError, UnavailableError, UsageError, WorkerError
 from lsag.inference.evaluate import evaluate_file
+from lsag.training.begin import data_parallel
 from lsag.training.events import Epoch, Started, Step
-from lsag.training.loop import data_parallel, make_mixup, train
+from lsag.training.loop import train
+from lsag.training.options import TrainOptions
+from lsag.training.step import make_mixup
 from tests.conftest import ABLATIONS, small_config
 
 
 def run(preset, out, **options):
-    return list(train(preset, data_dir=out.parent, out=out, device="cpu", **options))
+    return list(train(preset, TrainOptions(data_dir=out.parent, out=out, device="cpu", **options)))
 
 
 def newest(out):
@@ -39,6 +42,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, two_epochs):
         "best.pt",
         "curves.png",
         "metrics.jsonl",
+        "options.json",
         "preset.json",
         "step-0000000000.pt",
         "step-0000000044.pt",
@@ -122,12 +126,12 @@ def test_folders_bring_their_classes(tmp_path, tiny_preset):
                 place.mkdir(parents=True, exist_ok=True)
                 image.save(place / f"{index}.png")
     preset = load_preset(_write(tmp_path, tiny_preset), {"train.batch_size": 32}, dataset="folder")
-    list(train(preset, data_dir=tmp_path / "data", out=tmp_path / "run", device="cpu"))
+    list(train(preset, TrainOptions(data_dir=tmp_path / "data", out=tmp_path / "run", device="cpu")))
     checkpoint = load_checkpoint(tmp_path / "run/best.pt")
     assert checkpoint.classes == ("digit-0", "digit-1", "digit-2") and checkpoint.preset.model.num_classes == 3
     (tmp_path / "data/val/digit-1").rename(tmp_path / "data/val/digit-9")
     with pytest.raises(InputError, match="'digit-1' against 'digit-2'"):
-        list(train(preset, data_dir=tmp_path / "data", out=tmp_path / "again", device="cpu"))
+        list(train(preset, TrainOptions(data_dir=tmp_path / "data", out=tmp_path / "again", device="cpu")))
     assert not (tmp_path / "again").exists()
 
 
@@ -146,7 +150,7 @@ def test_a_used_folder_and_an_absent_device_are_refused(tmp_path, tiny_preset):
     with pytest.raises(OutputError, match=r"cannot write to|Not a directory"):
         run(tiny_preset, tmp_path / "file")
     with pytest.raises(UnavailableError, match="device 'tpu'"):
-        list(train(tiny_preset, data_dir=tmp_path, out=tmp_path / "x", device="tpu"))
+        list(train(tiny_preset, TrainOptions(data_dir=tmp_path, out=tmp_path / "x", device="tpu")))
 
 
 def test_weights_that_break_in_the_last_step_are_not_saved(tmp_path, two_epochs, monkeypatch):

@@ -16,6 +16,7 @@ from lsag.data.sources import open_split
 from lsag.errors import CheckError, InputError, OutputError, UsageError
 from lsag.training.events import Epoch, Finished, Started
 from lsag.training.loop import train
+from lsag.training.options import TrainOptions
 from tests.conftest import ROOT, TINY, assert_refused, images
 
 
@@ -34,12 +35,12 @@ def changed(preset, changes):
 
 
 def run(preset, out, **options):
-    return list(train(preset, data_dir=out.parent, out=out, device="cpu", **options))
+    return list(train(preset, TrainOptions(data_dir=out.parent, out=out, device="cpu", **options)))
 
 
 def stop_after(preset, out, steps, **options):
     """Run until so many steps are reported, and abandon it there without a word, as a kill does."""
-    going = train(preset, data_dir=out.parent, out=out, device="cpu", save_minutes=0, **options)
+    going = train(preset, TrainOptions(data_dir=out.parent, out=out, device="cpu", save_minutes=0, **options))
     for event in going:
         if not isinstance(event, Started) and event.step >= steps:
             break
@@ -73,7 +74,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(tmp_path, preset, options, 
     run(preset, tmp_path / "whole", **options)
     stop_after(preset, tmp_path / "parts", 22, **options)
     events = run(preset, tmp_path / "parts", resume=True, **options)
-    assert events[0].first_step >= 22 and "continues after step" in events[0].notes[0]
+    assert events[0].first_step >= 22 and "resumed after step" in events[0].notes[0]
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     again = run(preset, tmp_path / "parts", resume=True, **options)
@@ -84,9 +85,9 @@ def test_a_continued_run_equals_an_uninterrupted_one(tmp_path, preset, options, 
 def test_a_continued_run_goes_on_with_what_batch_norm_counted(tmp_path, preset):
     changes = {"shifts": ((0, 0),), "local": "cvt", "patch_stride": 2, "patch_kernel": 4, "patch_padding": 1}
     preset = preset.model_copy(update={"model": preset.model.model_copy(update=changes)})
-    list(train(preset, data_dir=tmp_path, out=tmp_path / "whole", device="cpu"))
+    run(preset, tmp_path / "whole")
     stop_after(preset, tmp_path / "two", 9)
-    list(train(preset, data_dir=tmp_path, out=tmp_path / "two", device="cpu", resume=True))
+    run(preset, tmp_path / "two", resume=True)
     whole = weights(tmp_path / "whole")
     assert_equal(whole, weights(tmp_path / "two"))
     assert whole["stages.0.blocks.0.attn.convs.0.1.num_batches_tracked"] == len(losses(tmp_path / "whole"))
@@ -191,12 +192,12 @@ def test_torn_logs_are_mended(tmp_path, preset):
 
 def test_another_run_is_not_gone_on_with(tmp_path, preset):
     stop_after(preset, tmp_path / "run", 5)
-    with pytest.raises(OutputError, match=r"holds a run — continue it with --resume"):
+    with pytest.raises(OutputError, match=r"holds a run — resume it with --resume"):
         run(preset, tmp_path / "run")
     slower = changed(preset, {"train.lr": 1e-3, "train.weight_decay": 0.1})
     with pytest.raises(UsageError, match=r"another train.lr, train.weight_decay — .*--allow-change train.lr"):
         run(slower, tmp_path / "run", resume=True)
-    with pytest.raises(UsageError, match=r"another model.drop_path — leave the settings as they were$"):
+    with pytest.raises(UsageError, match=r"another model.drop_path — resume with the original settings$"):
         run(changed(preset, {"model.drop_path": 0.3}), tmp_path / "run", resume=True)
     with pytest.raises(UsageError, match="lies outside its epoch"):
         stop_after(preset, tmp_path / "late", 25)
@@ -227,7 +228,7 @@ def test_what_a_run_leaves_before_its_first_checkpoint_is_no_obstacle(tmp_path, 
 
 
 def test_steps_that_are_not_finite_are_skipped(tmp_path, preset, monkeypatch):
-    import lsag.training.loop as module
+    import lsag.training.step as module
 
     bad = iter([False] * 4 + [True] * 3 + [False] * 10_000)
     monkeypatch.setattr(module, "failpoint", lambda name: name == "after_forward" and next(bad))
@@ -301,7 +302,7 @@ from lsag.checkpoint import random_checkpoint
 from lsag.data.loading import eval_loader
 from lsag.data.sources import open_split
 from lsag.distributed.world import World
-from lsag.inference.classifier import classifier
+from lsag.inference.classifier import Classifier
 from lsag.inference.evaluate import evaluate
 
 torch.set_num_threads(1)
@@ -316,7 +317,7 @@ for size in (1, 2, 3, 4):
             heard = []
             loader = eval_loader(source, preset, batch_size=50, workers=0, rank=rank, size=size)
             metrics = evaluate(
-                classifier(checkpoint, torch.device("cpu")), loader, count=len(source), batch_size=50, num_classes=10,
+                Classifier(checkpoint), loader, count=len(source), batch_size=50, num_classes=10,
                 world=World(rank, size), on_batch=heard.append,
             )
             line = f"{metrics.count} {metrics.loss.hex()} {metrics.top1} {metrics.top5} {metrics.confusion.tolist()}"
@@ -339,12 +340,12 @@ def test_any_number_of_ranks_evaluates_alike(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--resume"], 3, ["there is no run in ./runs"]),
-        (["--resume", "nowhere"], 3, ["nothing to go on with in nowhere", "no such folder"]),
+        (["--resume"], 3, ["no run to resume in ./runs"]),
+        (["--resume", "nowhere"], 3, ["no run to resume in nowhere", "no such folder"]),
         (["runs/x"], 2, ["unexpected argument runs/x", "--resume RUN"]),
         (["--procs", "2"], 2, ["--procs is for the CPU"]),
         (["--procs", "3", "--device", "cpu"], 2, ["64 cannot be cut into 3", "60 or 66"]),
-        (["--gpus", "many"], 2, ["no number of GPUs"]),
+        (["--gpus", "many"], 2, ["not a number of GPUs"]),
         (["--gpus", "0,99"], 4, ["asked for GPUs 0,99, found"]),
         (["--nodes", "2", "--device", "cpu"], 2, ["--nodes, --rdzv-endpoint and --out"]),
         (["--rdzv-endpoint", "localhost:1", "--out", "x"], 2, ["--nodes, --rdzv-endpoint and --out"]),
@@ -362,9 +363,7 @@ def test_refusals(lsag, arguments, code, words):
 def test_a_launcher_inside_a_launched_rank_is_refused(lsag):
     world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     asked = ["train", "--device", "cpu", "--procs", "4"]
-    assert_refused(
-        lsag(*asked, env=world), 2, "this is one of 2 processes, 1 of them here", "leave out --gpus, --procs"
-    )
+    assert_refused(lsag(*asked, env=world), 2, "this is one of 2 processes, 1 of them here", "remove --gpus, --procs")
 
 
 def test_half_an_environment_is_refused(lsag):
@@ -376,7 +375,7 @@ def test_half_an_environment_is_refused(lsag):
 def test_the_plan_with_a_probe(lsag):
     done = lsag("train", "--dry-run", "--probe", "--device", "cpu", "--accum", "2")
     assert done.returncode == 0, done.stderr
-    assert "64 = 1 devices x 2 slices x 32 images" in done.stdout
+    assert "64 = 1 device x 2 slices x 32 images" in done.stdout
     assert "measured on one device" in done.stdout and "GiB at its peak" in done.stdout
     plan = json.loads(lsag("train", "--dry-run", "--probe", "--device", "cpu", "--json").stdout)
     assert plan["training_seconds"] == pytest.approx(plan["steps"] * plan["step_seconds"])
@@ -413,7 +412,7 @@ def test_a_state_that_makes_no_sense_is_refused(tmp_path, preset, key, value):
     contents = torch.load(newest)
     contents["training"][key] = value
     torch.save(contents, newest)
-    with pytest.raises(InputError, match="cannot be continued"):
+    with pytest.raises(InputError, match="cannot be resumed"):
         run(preset, tmp_path / "run", resume=True)
 
 
@@ -445,7 +444,7 @@ def test_nonsense_in_the_environment(lsag):
     assert_refused(lsag("train", env={"SLURM_STEP_NUM_TASKS": "x"}), 2, "SLURM_STEP_NUM_TASKS")
     assert_refused(lsag("train", env={"LSAG_FAILPOINT": "garbage"}), 2, "name:count:kind")
     assert_refused(lsag("train", "--gpus", "9" * 30), 4, "found")
-    assert_refused(lsag("train", "--gpus", "x", env={"LSAG_LAUNCHER": "1"}), 2, "no number of GPUs")
+    assert_refused(lsag("train", "--gpus", "x", env={"LSAG_LAUNCHER": "1"}), 2, "not a number of GPUs")
     world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
     inherited = {"LSAG_LAUNCHER": "1", "LSAG_LAUNCH_FOLDER": "/tmp"}
     assert_refused(lsag("train", env=world | inherited), 7, "unset LSAG_LAUNCHER")

@@ -1,0 +1,148 @@
+"""How a training begins: fresh, fine-tuned from a checkpoint, or resumed."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lsag.checkpoint import Checkpoint, check_weights, load_checkpoint
+from lsag.config import Preset
+from lsag.data.loading import random_key
+from lsag.device import autocast, autocast_dtype
+from lsag.distributed.world import World, lost_peers
+from lsag.errors import InputError, UsageError
+from lsag.model.build import build_model, image_shape, set_recompute
+from lsag.model.network import LSAG
+from lsag.training.data import Data
+from lsag.training.optim import make_optimizer, moving_average
+from lsag.training.options import TrainOptions
+from lsag.training.run import NoRun
+from lsag.training.state import State, keep_buffers
+
+
+def begin(preset: Preset, data: Data, run: NoRun, world: World, options: TrainOptions) -> tuple[State, list[str]]:
+    """The state that a training begins with, fresh, fine-tuned or resumed from the run; and notes for a person.
+
+    UsageError for a checkpoint of another run, InputError for weights that do not fit.
+    """
+    path, checkpoint = run.newest() or (None, None)
+    path = world.from_main(path)
+    if path is not None and not world.is_main:
+        checkpoint = load_checkpoint(path)
+    torch.manual_seed(random_key(preset.train.seed, "init"))
+    model = build_model(preset.model).to(world.device)
+    notes = []
+    if options.init_from is not None and checkpoint is None:
+        notes.append(f"weights from {options.init_from}")
+        notes += initialise_from(model, options.init_from, num_classes=len(data.classes), reset_head=options.reset_head)
+    set_recompute(model, options.recompute)
+    optimizer = make_optimizer(model, preset.train)
+    dtype = autocast_dtype(world.device, options.precision)
+    state = State(
+        model=model,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(world.device.type, enabled=dtype is torch.float16),
+        ema=moving_average(model, preset.train.ema_decay) if preset.train.ema_decay else None,
+        preset=preset,
+        classes=data.classes,
+        dataset=data.fingerprint,
+        dtype=dtype,
+        num_slices=world.size * options.accum,
+        num_ranks=world.size,
+    )
+    if checkpoint is not None:
+        state.check_same_run(checkpoint, allow_change=options.allow_change, where=options.out)
+    if options.compile:
+        model.compile()
+    if world.size > 1:
+        shape = (data.order.slice_size, *image_shape(preset.model))
+        state.ddp = data_parallel(model, world.device, dtype, shape=shape)
+        optimizer.zero_grad()
+    if checkpoint is not None:
+        state.restore(checkpoint)
+        notes += _resumed(state, checkpoint, data.steps_per_epoch, options.out)
+    return state, notes
+
+
+def _resumed(state: State, checkpoint: Checkpoint, steps_per_epoch: int, out: Path) -> list[str]:
+    """Notes on a resumed run. UsageError if its position is not one of this preset on this data."""
+    position = state.position
+    if not 0 <= position.step - position.epoch * steps_per_epoch <= steps_per_epoch:
+        raise UsageError(
+            f"step {position.step} of {out} lies outside its epoch: other batch size or number of images",
+            "resume with the original batch size and data",
+        )
+    earlier = dict((checkpoint.training or {}).get("numerics") or {})
+    changes = [
+        f"{key} changed from {earlier[key]} to {now}"
+        for key, now in state.numerics.items()
+        if earlier.get(key, now) != now
+    ]
+    notes = [f"resumed after step {position.step}"]
+    return notes if not changes else [*notes, f"{', '.join(changes)}: results may differ in rounding"]
+
+
+def data_parallel(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, *, shape: tuple[int, int, int, int]
+) -> DistributedDataParallel:
+    """The model in DDP, after two backward passes of images of `shape` (B, C, height, width); gradients are not zero.
+
+    After its first backward DDP rebuilds its buckets, and sums in another order from then on. With that behind it, a
+    resumed training sums as an uninterrupted one does. Buffers keep their values.
+    """
+    restore_buffers = keep_buffers(model)
+    with lost_peers():
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # with one channel
+        for _ in range(2):
+            with autocast(device, dtype):
+                logits = ddp(torch.zeros(shape, device=device))
+            logits.float().sum().backward()
+    restore_buffers()
+    return ddp
+
+
+def initialise_from(model: nn.Module, path: str | Path, *, num_classes: int, reset_head: bool = False) -> list[str]:
+    """Load the weights of a checkpoint into `model`, to fine-tune it; returns notes on what had to be changed.
+
+    LSAG's position embeddings are resized (bicubic) to the model's image size. With `reset_head` the classifier keeps
+    its initial weights. InputError that names both models if the rest does not fit.
+    """
+    found = load_checkpoint(path)
+    weights, wanted, notes = found.model.state_dict(), model.state_dict(), []
+    if reset_head:
+        known: Any = getattr(model, "pretrained_cfg", {})
+        heads = known.get("classifier", "head")
+        prefixes = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
+        weights |= {key: value for key, value in wanted.items() if key.startswith(prefixes)}
+        notes.append(f"a new head for {num_classes} classes")
+    elif found.preset.model.num_classes != num_classes:
+        raise InputError(
+            f"{path}: {found.preset.name} has {found.preset.model.num_classes} classes, asked for {num_classes}",
+            "add --reset-head for a new classifier",
+        )
+    if isinstance(model, LSAG) and isinstance(found.model, LSAG):
+        sides = zip(found.model.config.grid_sizes, model.config.grid_sizes, strict=False)
+        for key, (old, new) in zip([key for key in wanted if key.endswith("pos")], sides, strict=False):
+            if old != new and key in weights:
+                weights[key] = _resized(weights[key], old, new)
+                notes.append(f"{key} resized from {old} x {old} to {new} x {new} patches")
+    try:
+        check_weights(weights, wanted)
+    except ValueError as error:
+        raise InputError(
+            f"{path} holds {found.preset.name}, which is another network: {error}", "use its preset"
+        ) from error
+    model.load_state_dict(weights)
+    return notes
+
+
+def _resized(positions: torch.Tensor, old: int, new: int) -> torch.Tensor:
+    """Position embeddings (old * old, ...) -> (new * new, ...)."""
+    grid = positions.flatten(1).T.unflatten(1, (old, old))[None]
+    resized = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)[0]
+    return resized.flatten(1).T.unflatten(1, positions.shape[1:])

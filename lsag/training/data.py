@@ -1,0 +1,102 @@
+"""What a training reads: the images of both splits, in the order and the slices of this rank."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lsag.config import Preset
+from lsag.data.loading import EpochBatches, batches, choose_workers, eval_loader, train_loader
+from lsag.data.sources import FolderSource, Source, check_classes, open_split
+from lsag.distributed.world import World, world_size_here
+from lsag.errors import UsageError
+from lsag.training.options import TrainOptions
+
+EVAL_BATCH = 128
+"""Images that a rank evaluates at a time, for any number of ranks, so that the figures do not depend on it."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Both splits with their loaders. `fingerprint` changes with the images, their labels and their order."""
+
+    classes: tuple[str, ...]
+    fingerprint: str
+    num_train: int
+    num_eval: int
+    order: EpochBatches
+    train_loader: DataLoader[Any]
+    eval_loader: DataLoader[Any]
+    eval_batch: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in a whole epoch."""
+        return self.order.num_steps
+
+    def epoch(self, epoch: int, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's slices of an epoch from `first_step` on: images (B, C, size, size) and labels (B,).
+
+        InputError for an image that cannot be read, WorkerError for a worker that died.
+        """
+        self.order.epoch, self.order.first_step = epoch, first_step
+        return batches(self.train_loader)
+
+
+def open_data(preset: Preset, options: TrainOptions, world: World) -> tuple[Preset, Data]:
+    """The preset with the number of classes that its data has, and the data; small folders are held in memory."""
+    # One process of each machine goes first: what it downloads, the others find.
+    if world.local_rank == 0:
+        train, evaluation = (_open(preset, options, train=train, first=True) for train in (True, False))
+    world.barrier()
+    if world.local_rank != 0:
+        train, evaluation = (_open(preset, options, train=train, first=False) for train in (True, False))
+    check_classes(train.classes, evaluation.classes, what="the training split", where="the evaluation split")
+    preset = _with_classes(preset, len(train.classes))
+    fingerprint = f"{train.fingerprint()} {evaluation.fingerprint()}"
+    world.check_equal("preset", preset.model_dump_json())
+    world.check_equal("dataset", fingerprint)
+
+    workers = options.workers
+    if workers is None:
+        workers = choose_workers(len(train), processes=world_size_here())
+    order = EpochBatches(len(train), preset, rank=world.rank, size=world.size, accum=options.accum)
+    eval_batch = min(preset.train.batch_size, EVAL_BATCH)
+    return preset, Data(
+        classes=tuple(train.classes),
+        fingerprint=fingerprint,
+        num_train=len(train),
+        num_eval=len(evaluation),
+        order=order,
+        train_loader=train_loader(train, preset, order, workers=workers, pin=world.device.type == "cuda"),
+        eval_loader=eval_loader(
+            evaluation, preset, batch_size=eval_batch, workers=workers, rank=world.rank, size=world.size
+        ),
+        eval_batch=eval_batch,
+    )
+
+
+def _open(preset: Preset, options: TrainOptions, *, train: bool, first: bool) -> Source:
+    source = open_split(
+        preset.data.dataset,
+        Path(options.data_dir),
+        train=train,
+        mode=preset.image_mode,
+        download=options.download and first,
+    )
+    return source.packed() if isinstance(source, FolderSource) else source
+
+
+def _with_classes(preset: Preset, found: int) -> Preset:
+    """A folder sets the number of classes; any other dataset must have that of the preset."""
+    if preset.data.dataset == "folder":
+        return preset.with_classes(found)
+    if found != preset.model.num_classes:
+        raise UsageError(
+            f"{preset.data.dataset} has {found} classes, model.num_classes is {preset.model.num_classes}",
+            f"--set model.num_classes={found}, or choose the data with --dataset, which sets it",
+        )
+    return preset

@@ -1,0 +1,91 @@
+"""The clocks of a training."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+
+from lsag.device import peak_memory
+from lsag.training.events import Step
+from lsag.training.state import Position
+
+REPORT_SECONDS = 0.5
+"""Time between two reports of a Step."""
+
+
+class Meter:
+    """How long a training, its epoch and its waiting take, and what it achieved since the last report."""
+
+    def __init__(
+        self, position: Position, *, began: float, batch_size: int, steps_per_epoch: int, device: torch.device
+    ) -> None:
+        """`began` is the time.monotonic() at which this sitting began; `position` says how long earlier ones took."""
+        self.position, self.batch_size, self.steps_per_epoch, self.device = (
+            position,
+            batch_size,
+            steps_per_epoch,
+            device,
+        )
+        self.origin = began - position.seconds
+        self.save_seconds = 0.0
+        self.begin_epoch()
+
+    @property
+    def seconds(self) -> float:
+        """Time that this training has taken, over all sittings."""
+        return time.monotonic() - self.origin
+
+    def begin_epoch(self) -> None:
+        """An epoch begins, or is resumed, at the position."""
+        self.first_step = self.step_in_epoch
+        self.epoch_start = self.epoch_end = time.monotonic()
+        self.waited = 0.0
+        self._begin_window(self.epoch_start)
+
+    @property
+    def step_in_epoch(self) -> int:
+        """Steps of the epoch that are done."""
+        return self.position.step - self.position.epoch * self.steps_per_epoch
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time spent in here as waiting for data."""
+        start = time.monotonic()
+        yield
+        self.waited += time.monotonic() - start
+
+    def step(self, lr: float) -> Step | None:
+        """A report after a step with that learning rate, None if the last one was just now."""
+        now, done = time.monotonic(), self.step_in_epoch
+        self.epoch_end = now
+        if now - self._time <= REPORT_SECONDS and done < self.steps_per_epoch:
+            return None
+        seconds, losses = now - self._time, self.position.loss_steps - self._loss_steps
+        report = Step(
+            epoch=self.position.epoch + 1,
+            step=done,
+            loss=(self.position.loss_sum - self._loss_sum) / losses if losses else math.nan,
+            lr=lr,
+            images_per_second=(done - self._step) * self.batch_size / seconds,
+            data_wait=(self.waited - self._waited) / seconds,
+            memory=peak_memory(self.device),
+        )
+        self._begin_window(now)
+        return report
+
+    def epoch(self, save_seconds: float) -> dict[str, float]:
+        """The rates of the epoch's training, its evaluation aside; `save_seconds` are those of the sitting so far."""
+        seconds = max(self.epoch_end - self.epoch_start, 1e-9)
+        saving, self.save_seconds = save_seconds - self.save_seconds, save_seconds
+        return {
+            "images_per_second": (self.steps_per_epoch - self.first_step) * self.batch_size / seconds,
+            "data_wait": self.waited / seconds,
+            "save_share": saving / seconds,
+        }
+
+    def _begin_window(self, now: float) -> None:
+        """What the next report compares with."""
+        self._time, self._step, self._waited = now, self.step_in_epoch, self.waited
+        self._loss_sum, self._loss_steps = self.position.loss_sum, self.position.loss_steps

@@ -1,0 +1,159 @@
+"""One optimizer step: forward and backward of this rank's slices, what the ranks agree on, and the update."""
+
+import contextlib
+import math
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lsag.config import Preset
+from lsag.data.loading import random_key
+from lsag.device import autocast
+from lsag.distributed.world import World, lost_peers
+from lsag.failpoints import failpoint
+from lsag.training.meter import Meter
+from lsag.training.optim import lr_at
+from lsag.training.signals import Signals
+from lsag.training.state import State, keep_buffers
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A row of steps.jsonl, and what all ranks agreed to do after it. Loss and norm of a skipped step are None."""
+
+    step: int
+    epoch: int
+    loss: float | None
+    lr: float
+    grad_norm: float | None
+    stop: int
+    """The number of the signal that asks to stop, 0 for none."""
+    save: bool
+
+    @property
+    def row(self) -> dict[str, float | None]:
+        """The row of steps.jsonl."""
+        return {name: getattr(self, name) for name in ("step", "epoch", "loss", "lr", "grad_norm")}
+
+
+class TrainStep:
+    """Updates the state with a batch, of which this rank takes `slices`, one after another."""
+
+    def __init__(self, state: State, *, slices: range, steps_per_epoch: int, world: World, meter: Meter) -> None:
+        self.state, self.slices, self.steps_per_epoch, self.world, self.meter = (
+            state,
+            slices,
+            steps_per_epoch,
+            world,
+            meter,
+        )
+        self.mixup = make_mixup(state.preset)
+        # Mixup smooths the labels itself.
+        self.label_smoothing = 0.0 if self.mixup else state.preset.augment.label_smoothing
+
+    def __call__(self, batches: Batches, *, signals: Signals, save_due: bool) -> StepResult:
+        """Take the next slices from `batches` and update the state, unless any rank's loss or gradient is not finite.
+
+        `save_due` is this rank's wish to save. StopRequestedError for a wish to stop that comes while waiting for data.
+        """
+        state, position = self.state, self.state.position
+        lr = lr_at(position.step, train=state.preset.train, steps_per_epoch=self.steps_per_epoch)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        restore_buffers = keep_buffers(state.model)
+        total = torch.zeros((), device=self.world.device)
+        for index in self.slices:
+            total += self.accumulate(*self.fetch(batches, index, signals), index)
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), state.preset.train.clip_grad)
+        loss, grad_norm = torch.stack([total, norm]).tolist()
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        agreed = self.world.total(
+            interrupt=signals.stop == signal.SIGINT,
+            terminate=signals.stop not in (0, signal.SIGINT),
+            save=signals.save or save_due,
+            broken=not finite,
+            loss=loss if finite else 0.0,
+        )
+        failpoint("before_opt")
+        mean_loss = None if agreed["broken"] else agreed["loss"] / self.world.size
+        if mean_loss is None:
+            restore_buffers()
+        else:
+            state.scaler.step(state.optimizer)
+            if state.ema:
+                state.ema.update_parameters(state.model)
+        state.scaler.update()
+        state.optimizer.zero_grad()
+        position.count_step(mean_loss)
+        failpoint("after_opt")
+        asked = signal.SIGTERM if agreed["terminate"] else signal.SIGINT if agreed["interrupt"] else 0
+        return StepResult(
+            step=position.step,
+            epoch=position.epoch + 1,
+            loss=mean_loss,
+            lr=lr,
+            grad_norm=None if mean_loss is None else grad_norm,
+            stop=(signals.stop or asked) if asked else 0,
+            save=agreed["save"] > 0,
+        )
+
+    def fetch(self, batches: Batches, index: int, signals: Signals) -> tuple[Tensor, Tensor]:
+        """The next slice. A lone process can be stopped while it waits for the first one of a step."""
+        alone = self.world.size == 1 and index == self.slices[0]
+        with self.meter.waiting():
+            failpoint("fetch")
+            with signals.interruptible() if alone else contextlib.nullcontext():
+                return next(batches)
+
+    def accumulate(self, images: Tensor, labels: Tensor, index: int) -> Tensor:
+        """Add the gradients of a slice; its share of the batch's loss, in nats, detached.
+
+        Mixup and drop-path draw from generators seeded by the slice's number in the run, so that a slice is treated
+        alike whichever rank takes it.
+        """
+        state, device = self.state, self.world.device
+        num_slices = state.num_slices
+        number, seed = state.position.step * num_slices + index, state.preset.train.seed
+        torch.manual_seed(random_key(seed, "net", number))
+        np.random.seed(random_key(seed, "mix", number) & 0xFFFFFFFF)
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        targets = labels
+        if self.mixup:
+            images, targets = self.mixup(images, labels)
+        net = state.net
+        last = index == self.slices[-1]
+        waits = isinstance(net, DistributedDataParallel) and not last
+        with net.no_sync() if waits else contextlib.nullcontext(), lost_peers():  # type: ignore[operator]
+            with autocast(device, state.dtype):
+                logits = net(images)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing) / len(self.slices)
+            if failpoint("after_forward"):
+                loss = loss * math.nan
+            state.scaler.scale(loss).backward()
+        failpoint("after_backward")
+        return loss.detach()
+
+
+def make_mixup(preset: Preset) -> Mixup | None:
+    """timm's Mixup with the preset's settings, or None if the preset mixes nothing."""
+    augment = preset.augment
+    if not augment.mixes:
+        return None
+    return Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mixup_prob,
+        switch_prob=augment.mixup_switch_prob,
+        label_smoothing=augment.label_smoothing,
+        num_classes=preset.model.num_classes,
+    )
