@@ -109,9 +109,6 @@ def loading(text: str = "loading PyTorch") -> Iterator[None]:
             signal.signal(number, handler)
 
 
-leaving_at_once = loading  # the old name, until every command uses the new one
-
-
 def renamed(value: T | None, old: str, new: str, default: T) -> T:
     """The value of an option, also under its old, hidden name, which works for one more release with a note on stderr.
 
