@@ -57,20 +57,20 @@ def ablations() -> dict[str, dict[str, Any]]:
 
 
 def _folder() -> Path:
-    """The presets lie inside the package in a wheel, beside it in a checkout."""
+    """The presets are inside the package in a wheel, next to it in a checkout."""
     here = Path(__file__).parent
     return next(path for path in (here / "preset_files", here.parent / "presets") if path.is_dir())
 
 
 def _read(name_or_path: str | Path, *, extended_by: Path | None = None) -> tuple[Path, dict[str, Any]]:
-    """Where a preset is, and its values before `extends`; a path is relative to the file that is `extended_by` it."""
+    """The path and the values of a preset, with `extends` still in them; paths are relative to the extending file."""
     known, name = preset_paths(), str(name_or_path)
     path = (extended_by.parent if extended_by else Path()) / name
     files = [known.get(name, path), *(path.with_name(path.name + ending) for ending in (".toml", ".json") if path.name)]
     base, _, ablation = name.rpartition("-")
     try:
         file = next((file for file in files if file.is_file()), None)
-        if not file and base and ablation in ablations():
+        if base and ablation in ablations() and (base in known or not file):
             return path, _ablation(base, ablation)
         if not file:
             where = f", which {extended_by} extends" if extended_by else ""

@@ -8,7 +8,7 @@ from lsag.config import DATASETS, ModelConfig, Preset
 from lsag.errors import UsageError
 from lsag.model.flops import Count, count, count_stages
 from lsag.presets import preset_names
-from lsag_cli.options import Json, Model, Overrides, complete_preset, leaving_at_once, read_preset
+from lsag_cli.options import Json, Model, Overrides, complete_preset, loading, read_preset
 from lsag_cli.output import giga, mega, print_json, say, say_table, table
 
 
@@ -76,7 +76,7 @@ def count_network(preset: Preset) -> Count:
     """The whole network: LSAG in closed form without torch, a timm model as torch counts it."""
     if isinstance(preset.model, ModelConfig):
         return count(preset.model)
-    with leaving_at_once():
+    with loading():
         from lsag.model.build import count_model
 
     return count_model(preset.model)

@@ -13,23 +13,24 @@ from typing import Annotated, Literal
 
 import typer
 
-from lsag.config import DATASETS, Precision, parse_overrides
+from lsag.config import DATASETS, parse_overrides
 from lsag.errors import CheckError, InterruptedByUserError, OutputError, TerminatedError, UsageError
 from lsag.files import replacing, writing
 from lsag.paper.reproduce import Run, Summary, execute, markdown, plan, summarise
 from lsag.paper.tables import TABLES, Scale
 from lsag.training.signals import StopRequestedError
-from lsag_cli.display import duration
+from lsag_cli.display import counted, duration
 from lsag_cli.options import (
     DataDir,
     Dataset,
     Device,
     Json,
     Overrides,
+    Precision,
     Recompute,
     Workers,
     data_dir_or_default,
-    leaving_at_once,
+    loading,
 )
 from lsag_cli.output import note, percent, print_json, say
 
@@ -55,9 +56,7 @@ def reproduce(
         int | None, typer.Option(min=1, max=64, help="Trainings at a time.", show_default="one per GPU")
     ] = None,
     accum: Annotated[int, typer.Option(min=1, help="Gradient-accumulation steps.")] = 1,
-    precision: Annotated[
-        Precision, typer.Option(help="auto: bf16 on GPUs, fp16 on those without it, else fp32.")
-    ] = "auto",
+    precision: Precision = "auto",
     recompute: Recompute = "none",
     workers: Workers = None,
     yes: Annotated[bool, typer.Option("--yes", help="Start at any cost; required for --scale full.")] = False,
@@ -92,7 +91,7 @@ def reproduce(
     num_jobs = min(jobs or max(1, len(gpus)), max(1, len(todo)))
     hours = estimate_hours(todo, device=device, data_dir=where, num_jobs=num_jobs) if todo else 0.0
     if dry_run:
-        note(f"{count_of(todo)} to do, {len(runs) - len(todo)} already finished or not selected")
+        note(f"{counted(len(todo), 'training')} to do, {len(runs) - len(todo)} already finished or not selected")
         if as_json:
             print_json("reproduce", dry_run=True, table=table, scale=scale, trainings=len(todo), hours=hours)
         return
@@ -143,10 +142,6 @@ def train_and_report(
         raise CheckError(what, "fix it, then resume with the same command")
 
 
-def count_of(runs: Sequence[Run]) -> str:
-    return "1 training" if len(runs) == 1 else f"{len(runs)} trainings"
-
-
 def select_rows(table: int, names: str | None) -> set[str]:
     """The rows of a table that `names` lists, or all of them. UsageError for a name that the table does not have."""
     known = {row.name.lower(): row.name for row in TABLES[table]}
@@ -174,7 +169,7 @@ def check_data(out: Path, dataset: str, data_dir: Path, *, write: bool) -> None:
 
 def devices_here(device: str) -> tuple[list[str], int]:
     """The GPUs over which trainings may be spread, and the number of CPU cores."""
-    with leaving_at_once():
+    with loading():
         import torch
 
         from lsag.device import available_cores
@@ -187,7 +182,7 @@ def devices_here(device: str) -> tuple[list[str], int]:
 
 def estimate_hours(todo: Sequence[Run], *, device: str, data_dir: Path, num_jobs: int) -> float:
     """Hours that the trainings will take, from a few steps of each network on made-up images; shown on stderr."""
-    with leaving_at_once():
+    with loading():
         from lsag.bench import probe
         from lsag.data.sources import open_split
         from lsag.device import choose_device
@@ -212,13 +207,13 @@ def estimate_hours(todo: Sequence[Run], *, device: str, data_dir: Path, num_jobs
             note(f"{run.row}: {preset.name}, {preset.train.epochs} epochs, about {cost} per seed")
         seconds += per_image[preset.name] * images
     hours = seconds / num_jobs / 3600
-    note(f"{count_of(todo)}, about {hours:.1f} hours, without loading and evaluation")
+    note(f"{counted(len(todo), 'training')}, about {hours:.1f} hours, without loading and evaluation")
     return hours
 
 
 def report(table: int, runs: Sequence[Run], out: Path, scale: Scale) -> list[Summary]:
     """Write table-N.md, .json and .png to `out` with the runs that are complete."""
-    with leaving_at_once():
+    with loading():
         from lsag.model.build import count_model
         from lsag.plots import draw_table
 

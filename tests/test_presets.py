@@ -240,3 +240,11 @@ def test_an_ablation_needs_a_preset(tmp_path):
         load_preset("cifar-nano-z")
     with pytest.raises(UsageError, match="unknown key extends"):
         load_preset("cifar-tiny", {"extends": "cifar-nano"})
+
+
+def test_presets_of_the_package_go_before_files(tmp_path, monkeypatch):
+    for name in ("cifar-tiny-a", "cifar-tiny"):
+        expected = load_preset(name)
+        (tmp_path / f"{name}.toml").write_text("extends = 'cifar-nano'")
+        monkeypatch.chdir(tmp_path)
+        assert load_preset(name) == expected != load_preset(f"{name}.toml")

@@ -1,6 +1,6 @@
-"""Parameters and multiply-accumulates (MACs) per stage, in closed form: no torch, no model is built.
+"""Parameters and multiply-accumulates (MACs) per stage in closed form, without torch and without building a model.
 
-Counted as the paper counts: matrix products and convolutions, per image; norms, activations, softmax and biases not.
+As in the paper, only matrix products and convolutions count, per image; norms, activations, softmax and biases do not.
 """
 
 import math
@@ -11,10 +11,7 @@ from lsag.config import SWIN_WINDOW, ModelConfig, StageConfig
 
 @dataclass(frozen=True)
 class Count:
-    """`macs` is the plain formulation, with keys and values of all variants; `macs_run` is what lsag executes.
-
-    FLOPs are two for each MAC.
-    """
+    """`macs` is for the plain formulation, with keys and values of all variants; `macs_run` is what lsag executes."""
 
     name: str
     params: int
@@ -23,7 +20,7 @@ class Count:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the plain formulation: a multiplication and an addition for each MAC."""
+        """Floating-point operations of the plain formulation: a multiplication and an addition per MAC."""
         return 2 * self.macs
 
 
@@ -60,11 +57,12 @@ def _embedding(config: ModelConfig) -> Count:
 
 
 def _kv_dim(stage: StageConfig) -> int:
+    """Width of a token's keys and values together."""
     return 2 * stage.num_kv_heads * stage.embed_dim // stage.num_heads
 
 
 def _global_block(config: ModelConfig, stage: StageConfig, n: int) -> tuple[int, int, int]:
-    """Parameters, MACs and MACs run of a block over `n` tokens; its norms are counted with the stage."""
+    """Parameters, MACs and executed MACs of a block over `n` tokens; its norms are counted with the stage."""
     dim, kv_dim, hidden = stage.embed_dim, _kv_dim(stage), int(stage.embed_dim * config.mlp_ratio)
     params = (dim + 1) * (2 * dim + kv_dim) + (dim + 1) * hidden + (hidden + 1) * dim
     macs = n * dim * (2 * dim + kv_dim) + 2 * n * n * dim + 2 * n * dim * hidden
@@ -72,7 +70,7 @@ def _global_block(config: ModelConfig, stage: StageConfig, n: int) -> tuple[int,
 
 
 def _first_block(config: ModelConfig) -> tuple[int, int, int]:
-    """The same of the first block: the local one, or what an ablation has instead."""
+    """The same for the first block: the local one, or what an ablation replaces it with."""
     stage, variants, side = config.stages[0], config.num_variants, config.grid_sizes[0]
     dim, kv_dim, n = stage.embed_dim, _kv_dim(stage), side**2
     params, macs, _ = _global_block(config, stage, n)
@@ -82,14 +80,14 @@ def _first_block(config: ModelConfig) -> tuple[int, int, int]:
         absorbed = n * 4 * dim * dim + 2 * variants * stage.num_heads * n * dim + mlp
         return params, macs, absorbed
     if config.local == "swin":
-        # As many keys as queries in each window of a grid that is padded to whole windows; two norms; a bias for each
-        # head and distance within a window.
+        # As many keys as queries in each window, of a grid that is padded to whole windows; two norms; a bias per head
+        # and distance within a window.
         window = min(side, SWIN_WINDOW)
         padded = (math.ceil(side / window) * window) ** 2
         params += 2 * (dim + 1) * dim - (dim + 1) * kv_dim + 4 * dim + (2 * window - 1) ** 2 * stage.num_heads
         macs = padded * (4 * dim * dim + 2 * window**2 * dim) + mlp
     if config.local == "cvt":
-        # Depthwise 3 x 3 convolutions with BatchNorm for queries, keys and values, the latter two of every other patch.
+        # Depthwise 3 x 3 convolutions with BatchNorm for queries, keys and values, the latter two with stride 2.
         keys = math.ceil(side / 2) ** 2
         params += 3 * (9 + 2) * dim
         macs = 9 * (n + 2 * keys) * dim + dim * (2 * n * dim + keys * kv_dim) + 2 * n * keys * dim + mlp

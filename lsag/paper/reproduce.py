@@ -1,6 +1,6 @@
-"""The paper's tables, run again: the trainings of their rows, and a report beside the paper's figures.
+"""The paper's tables, run again: the trainings of their rows, and a report next to the paper's figures.
 
-Nothing here imports torch: each training is a process of its own, and what is done is not done again.
+Nothing here imports torch: each training is its own process. Finished runs are skipped.
 """
 
 import itertools
@@ -29,9 +29,9 @@ from lsag.runs import METRICS, PRESET
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a row, in `folder`, and how it ended: with an accuracy, an error, or not yet.
+    """One training of a row, in `folder`, and its result: an accuracy, an error, or neither yet.
 
-    `top1` (0..1) is that of the last epoch; the best epoch would be chosen on the images that measure it.
+    `top1` (0..1) is that of the last epoch: the best epoch would be chosen on the very images that measure it.
     """
 
     row: str
@@ -43,18 +43,18 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """What `lsag train` said."""
+        """The output of `lsag train`."""
         return self.folder.with_suffix(".log")
 
-    def looked_up(self) -> "Run":
-        """This run with its accuracy, if it is complete. OutputError if its folder holds a run with other settings.
+    def with_result(self) -> "Run":
+        """This run with its accuracy and time, if it is complete.
 
-        InputError if its log is damaged.
+        OutputError if its folder contains a run with other settings, InputError if its log is damaged.
         """
-        given, log = self.folder / PRESET, self.folder / METRICS
-        if not given.is_file():
+        preset, log = self.folder / PRESET, self.folder / METRICS
+        if not preset.is_file():
             return self
-        different = [key for key in changed_keys(load_preset(given), self.preset) if key != "model.num_classes"]
+        different = [key for key in changed_keys(load_preset(preset), self.preset) if key != "model.num_classes"]
         if different:
             raise OutputError(f"{self.folder} is a run with another {', '.join(different[:3])}", "choose another --out")
         if not log.is_file():
@@ -74,92 +74,107 @@ class Run:
 def plan(
     rows: Sequence[Row], *, scale: Scale, seeds: int, out: Path, dataset: str | None, overrides: dict[str, Any]
 ) -> list[Run]:
-    """The runs of `rows` with seeds 0, 1, ...; those that are complete in `out` with their accuracy.
+    """The runs of `rows` with seeds 0, 1, ...; those that are complete in `out` have their accuracy.
 
-    All rows with one seed come before the next seed: a table that is stopped has as many of each. The errors of
-    `Run.looked_up`.
+    All rows with one seed come before the next seed, so that an interrupted table has the same seeds for each row.
+    Raises the errors of `Run.with_result`.
     """
     runs = []
     for seed, row in itertools.product(range(seeds), rows):
         preset = row.at(scale, dataset=dataset, overrides={**overrides, "train.seed": seed})
-        if preset is None:
-            continue
-        runs.append(Run(row.name, preset, out / preset.name / f"seed-{seed}").looked_up())
+        if preset is not None:
+            runs.append(Run(row.name, preset, out / preset.name / f"seed-{seed}").with_result())
     return runs
 
 
 def execute(
     runs: Sequence[Run], *, command: Sequence[str], devices: Sequence[str | None], threads: int | None = None
 ) -> Generator[Run, None, None]:
-    """Do the runs that are not complete, one at a time on each of `devices`; yields each as it ends.
+    """Train the runs that are not complete, one at a time on each of `devices`, and yield each as it ends.
 
-    `command` is that of `lsag train`, to which preset and folder are added. A device is a GPU's number, or None for
-    what the command chooses; `threads` limits those of each training. A run that was begun is resumed. When this is
-    left early, the trainings are told to stop, and waited for while they save.
+    `command` is an `lsag train`, to which preset and folder are added. A device is the number of a GPU, or None to let
+    the command choose; `threads` limits those of each training. A run that was interrupted is resumed. Closing the
+    generator stops the trainings and waits until they have saved.
     """
     free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for device in devices:
         free.put(device)
-    lock, stopping, processes = threading.Lock(), False, set[subprocess.Popen[bytes]]()
+    trainings = _Trainings(command, threads)
 
-    def start(run: Run, device: str | None) -> "subprocess.Popen[bytes] | None":
-        given = run.folder.with_suffix(".json")
-        with writing(given):
-            given.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(given) as file:
-            file.write(run.preset.model_dump_json(indent=2).encode())
-        environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
-        environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
-        words = [*command, "--preset", str(given), "--out", str(run.folder), "--resume"]
-        with lock, writing(run.log), run.log.open("ab") as log:
-            if stopping:
-                return None
-            # In a session of its own: Ctrl-C reaches this process alone, which then stops its trainings once.
-            process = subprocess.Popen(
-                words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
-            )
-            processes.add(process)
-            return process
-
-    def execute_one(run: Run) -> Run:
+    def train(run: Run) -> Run:
         device = free.get()
         try:
-            before = run.log.stat().st_size if run.log.is_file() else 0
-            process = start(run, device)
-            if process is None:
-                return run
-            code = process.wait()
-            with lock:
-                processes.discard(process)
-            done = run.looked_up()
-            if code == 0 and done.top1 is not None:
-                return done
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-            said = run.log.read_bytes()[before:].decode(errors="replace").splitlines()
-            errors = [line.partition("error: ")[2] for line in said if line.startswith("lsag: error: ")]
-            return replace(run, error=errors[-1] if errors else f"lsag train {how}; see {run.log}")
+            return trainings.train(run, device)
         except LsagError as error:
             return replace(run, error=error.what)
         finally:
             free.put(device)
 
     with ThreadPoolExecutor(len(devices)) as pool:
-        waiting = [pool.submit(execute_one, run) for run in runs if run.top1 is None]
+        waiting = [pool.submit(train, run) for run in runs if run.top1 is None]
         try:
             for future in as_completed(waiting):
                 yield future.result()
         finally:
-            with lock:
-                stopping = True
-                for process in processes:
-                    process.send_signal(signal.SIGTERM)
+            trainings.stop()
             for future in waiting:
                 future.cancel()
 
 
+class _Trainings:
+    """The processes of trainings that several threads start and wait for, and that one of them may stop."""
+
+    def __init__(self, command: Sequence[str], threads: int | None) -> None:
+        self.command, self.threads = command, threads
+        self.lock, self.stopped, self.processes = threading.Lock(), False, set[subprocess.Popen[bytes]]()
+
+    def train(self, run: Run, device: str | None) -> Run:
+        """The run with its result or its error; as it was if the trainings are stopped."""
+        log_bytes = run.log.stat().st_size if run.log.is_file() else 0
+        process = self._start(run, device)
+        if process is None:
+            return run
+        code = process.wait()
+        with self.lock:
+            self.processes.discard(process)
+        ended = run.with_result()
+        if code == 0 and ended.top1 is not None:
+            return ended
+        lines = run.log.read_bytes()[log_bytes:].decode(errors="replace").splitlines()
+        errors = [line.partition("error: ")[2] for line in lines if line.startswith("lsag: error: ")]
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        return replace(run, error=errors[-1] if errors else f"lsag train {how}; see {run.log}")
+
+    def _start(self, run: Run, device: str | None) -> "subprocess.Popen[bytes] | None":
+        preset = run.folder.with_suffix(".json")
+        with writing(preset):
+            preset.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(preset) as file:
+            file.write(run.preset.model_dump_json(indent=2).encode())
+        environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        environment |= {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
+        command = [*self.command, "--preset", str(preset), "--out", str(run.folder), "--resume"]
+        with self.lock, writing(run.log), run.log.open("ab") as log:
+            if self.stopped:
+                return None
+            # In its own session, so that Ctrl-C reaches only this process, which then stops each training once.
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            )
+            self.processes.add(process)
+            return process
+
+    def stop(self) -> None:
+        """Tell the trainings to save and end; no more are started."""
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.send_signal(signal.SIGTERM)
+
+
 @dataclass(frozen=True)
 class Summary:
-    """A row of a report: what was measured, in percent, beside what the paper prints; None where there is neither."""
+    """A row of a report: the measured top-1 in percent next to the paper's figures; None where there is no figure."""
 
     name: str
     preset: str
@@ -177,23 +192,23 @@ class Summary:
 
     @property
     def deviation(self) -> float | None:
-        """The sample's standard deviation over the seeds."""
+        """The sample standard deviation over the seeds."""
         return statistics.stdev(self.top1) if len(self.top1) > 1 else None
 
 
 def summarise(
     rows: Sequence[Row], runs: Sequence[Run], *, count: Callable[[Preset], Count], paper_dataset: str
 ) -> list[Summary]:
-    """One line for each of `rows` that has runs, beside what the paper prints for `paper_dataset`.
+    """One line for each of `rows` that has runs, with the paper's figures for `paper_dataset`.
 
-    `count` counts a preset's network.
+    `count` counts the network of a preset.
     """
     summaries = []
     for row in rows:
         own = [run for run in runs if run.row == row.name]
         if not own:
             continue
-        params_m, _, printed = row.printed()
+        params_m, _, paper_top1 = row.printed()
         total = count(own[0].preset)
         seconds = [run.seconds for run in own if run.seconds is not None]
         summaries.append(
@@ -204,7 +219,7 @@ def summarise(
                 macs=total.macs,
                 paper_params_m=params_m,
                 top1=tuple(100 * run.top1 for run in own if run.top1 is not None),
-                paper_top1=printed.get(paper_dataset),
+                paper_top1=paper_top1.get(paper_dataset),
                 minutes=statistics.fmean(seconds) / 60 if seconds else None,
                 errors=tuple(run.error for run in own if run.error),
             )
@@ -213,15 +228,15 @@ def summarise(
 
 
 def markdown(summaries: Sequence[Summary], *, title: str, about: str) -> str:
-    """The report as a table. Differences are to the last row, which is the whole method in the paper's tables."""
+    """The report as a Markdown table. Differences are to the last row, in the paper's tables the whole method."""
     last = summaries[-1]
     lines = [
         f"## {title}",
         "",
         about,
         "",
-        "| row | preset | parameters | the paper's | MACs | top-1 (%) | seeds | to the last "
-        "| the paper's | to its last |",
+        "| row | preset | parameters | paper's | MACs | top-1 (%) | seeds | minus last row "
+        "| paper's top-1 | minus last row |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for item in summaries:
@@ -240,7 +255,7 @@ def markdown(summaries: Sequence[Summary], *, title: str, about: str) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     failed = [f"- {item.name}: {error}" for item in summaries for error in item.errors]
-    return "\n".join([*lines, *(["", "Not done:", "", *failed] if failed else []), ""])
+    return "\n".join([*lines, *(["", "Failed:", "", *failed] if failed else []), ""])
 
 
 def _difference(value: float | None, of: float | None) -> str:
