@@ -158,7 +158,7 @@ REDUCED = {
 }
 
 
-@pytest.mark.parametrize("opset", [OPSETS[0], *(pytest.param(opset, marks=pytest.mark.slow) for opset in OPSETS[1:])])
+@pytest.mark.parametrize("opset", [20, pytest.param(23, marks=pytest.mark.slow)])
 def test_a_narrow_model_of_table_2_exports(tmp_path, opset, monkeypatch):
     monkeypatch.setattr("lsag.inference.export.CHECKED_BATCHES", (1, 2, 5))
     done = export_onnx(random_checkpoint(load_preset("in1k-small", REDUCED)), tmp_path / "a.onnx", opset=opset)
@@ -168,7 +168,7 @@ def test_a_narrow_model_of_table_2_exports(tmp_path, opset, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "opset"),
-    [*product(preset_paths(), OPSETS), *product(sorted({*preset_names()} - {*preset_paths()}), OPSETS[:1])],
+    [*product(preset_paths(), OPSETS), *((name, 20) for name in preset_names() if name not in preset_paths())],
 )
 def test_presets_export_at_full_size(tmp_path, name, opset):
     done = export_onnx(random_checkpoint(load_preset(name)), tmp_path / "a.onnx", opset=opset)
