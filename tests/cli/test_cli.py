@@ -21,6 +21,7 @@ from lsag.checkpoint import random_checkpoint, save_checkpoint
 from lsag.presets import preset_names
 from lsag_cli.app import app
 from tests.conftest import ROOT, TINY, assert_refused
+from tests.processes import Spawned
 
 
 @pytest.fixture(scope="module")
@@ -366,19 +367,13 @@ def test_a_bug_is_reported_as_one(lsag, tmp_path):
 
 
 def test_interrupting_says_what_is_kept(tmp_path):
-    training = subprocess.Popen(
-        [sys.executable, "-m", "lsag_cli", "train", *TINY, "--epochs", "500", "--out", "run"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    training = Spawned(["train", *TINY, "--epochs", "500", "--out", "run"], tmp_path)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/best.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    training.send_signal(signal.SIGINT)
-    _, errors = training.communicate(timeout=60)
-    assert training.returncode == 130
+    os.kill(training.pid, signal.SIGINT)
+    assert training.wait(60) == 130
+    errors = training.stderr
     said = re.search(r"interrupted; step (\d+) is saved in run — resume with: lsag train --resume run\n$", errors)
     assert said and load_checkpoint(tmp_path / f"run/step-{int(said[1]):010d}.pt").epoch >= 1
     assert "Traceback" not in errors

@@ -8,7 +8,6 @@ from itertools import product
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.faults.driver import assert_same, result, wait_for_step
 from tests.faults.test_kill import checkpoints_are_whole, sampled
 
@@ -45,9 +44,7 @@ def test_a_disk_that_stays_full_ends_the_run(server, arguments, undisturbed, tmp
 def test_a_real_limit_on_file_sizes(arguments, tmp_path):
     """Not a failpoint: the kernel refuses what is larger than 600 KB, which the first checkpoint is not."""
     run = [sys.executable, "-m", "lsag_cli", *arguments, *ACCUM, "--save-retry", "0.03"]
-    done = subprocess.run(
-        ["prlimit", "--fsize=600000", *run], cwd=tmp_path, capture_output=True, text=True, env=_environment()
-    )
+    done = subprocess.run(["prlimit", "--fsize=600000", *run], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 6, done.stderr
     assert "File too large" in done.stderr.splitlines()[-1]
     assert checkpoints_are_whole(tmp_path / "run") == 1
@@ -78,7 +75,7 @@ def test_a_real_full_disk(material, arguments, undisturbed, tmp_path):
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            env=_environment() | {"SIZE": size, "RETRY": retry},
+            env={**os.environ, "SIZE": size, "RETRY": retry},
         )
         assert done.returncode == code and words in done.stderr, done.stderr
         assert checkpoints_are_whole(tmp_path / f"run-{size}-{retry}") >= (size == "8m")
@@ -102,9 +99,7 @@ def test_order_of_the_writes(arguments, tmp_path):
     log = tmp_path / "log"
     calls = "trace=openat,fsync,rename,unlink"
     traced = ["strace", "-f", "-y", "-o", str(log), "-e", calls, sys.executable, "-m", "lsag_cli"]
-    done = subprocess.run(
-        [*traced, *arguments, "--epochs", "1"], cwd=tmp_path, capture_output=True, text=True, env=_environment()
-    )
+    done = subprocess.run([*traced, *arguments, "--epochs", "1"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     events = [line.split(maxsplit=1)[1] for line in log.read_text().splitlines() if "/run" in line or '"run' in line]
     renames = [i for i, event in enumerate(events) if event.startswith("rename(") and "step-" in event]
@@ -119,7 +114,3 @@ def test_order_of_the_writes(arguments, tmp_path):
             (j for j in range(i, len(events)) if events[j].startswith("unlink(") and "step-" in events[j]), None
         )
         assert removed is None or removed > i + 2, "only then an old one goes"
-
-
-def _environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

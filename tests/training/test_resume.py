@@ -17,7 +17,6 @@ from lsag.data.sources import open_split
 from lsag.errors import CheckError, InputError, OutputError, UsageError
 from lsag.training.events import Epoch, Finished
 from tests.conftest import (
-    ROOT,
     TINY,
     assert_equal,
     assert_refused,
@@ -322,7 +321,7 @@ for size in (1, 2, 3, 4):
 
 @pytest.mark.slow
 def test_any_number_of_ranks_evaluates_alike(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run([sys.executable, "-c", RANKS], cwd=tmp_path, env=environment, check=True, timeout=120)
     results = {path.name: path.read_text().split("|") for path in tmp_path.glob("rank-*")}
     assert len(results) == 10 and len({figures for figures, _ in results.values()}) == 1
