@@ -348,7 +348,7 @@ def test_debug_shows_the_traceback(lsag):
     assert "Traceback" in lsag("eval", "absent.pt", env={"LSAG_DEBUG": "1"}).stderr
 
 
-def test_a_bug_is_reported_as_one(lsag, tmp_path):
+def test_a_bug_is_reported_with_a_log_of_its_traceback(lsag, tmp_path):
     code = (
         "import sys, lsag_cli.flops as f\nsys.argv = ['lsag', 'flops']\n"
         "def broken(*a, **b): raise ZeroDivisionError('oops')\nf.read_preset = broken\n"

@@ -139,7 +139,7 @@ def test_killed_ten_times_with_four_ranks(arguments, undisturbed_4, tmp_path):
 
 
 @pytest.mark.faults
-def test_restarts_resume_by_themselves(arguments, undisturbed_4, tmp_path):
+def test_restarts_resume_automatically(arguments, undisturbed_4, tmp_path):
     run = Spawned([*arguments, *FOUR, "--max-restarts", "2"], tmp_path)
     for step, victim in ((30, 1), (70, 0)):
         wait_for_step(tmp_path / "run", step)

@@ -28,7 +28,7 @@ def test_four_ranks_learn_what_one_that_accumulates_learns(server, arguments, un
 
 
 @pytest.mark.faults
-def test_a_run_may_go_on_with_other_ranks(server, arguments, undisturbed_4, tmp_path):
+def test_a_run_resumes_with_another_number_of_ranks(server, arguments, undisturbed_4, tmp_path):
     run = server.start([*arguments, "--accum", "8"], tmp_path, {"LSAG_FAILPOINT": "fetch:400:term"})
     assert run.wait() == 143, run.stderr
     run = Spawned([*arguments, "--procs", "2", "--accum", "4"], tmp_path)

@@ -158,7 +158,7 @@ def test_explain_is_for_lsag():
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_continued_run_has_its_running_statistics(tmp_path, preset, ema):
+def test_a_resumed_run_has_its_running_statistics(tmp_path, preset, ema):
     preset = changed(preset, {"train.ema_decay": ema})
     run(preset, tmp_path / "whole")
     stop_after(preset, tmp_path / "parts", 22)

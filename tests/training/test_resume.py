@@ -67,7 +67,7 @@ def stopped(stopped_once, tmp_path):
         pytest.param({"precision": "bf16", "recompute": "all"}, 0.0, marks=pytest.mark.slow),
     ],
 )
-def test_a_continued_run_equals_an_uninterrupted_one(tmp_path, preset, options, ema):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, preset, options, ema):
     preset = changed(preset, {"train.ema_decay": ema})
     run(preset, tmp_path / "whole", **options)
     stop_after(preset, tmp_path / "parts", 22, **options)
@@ -80,7 +80,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(tmp_path, preset, options, 
 
 
 @pytest.mark.slow
-def test_a_continued_run_goes_on_with_what_batch_norm_counted(tmp_path, preset):
+def test_a_resumed_run_keeps_the_statistics_of_batch_norm(tmp_path, preset):
     changes = {"shifts": ((0, 0),), "local": "cvt", "patch_stride": 2, "patch_kernel": 4, "patch_padding": 1}
     preset = preset.model_copy(update={"model": preset.model.model_copy(update=changes)})
     run(preset, tmp_path / "whole")
@@ -99,7 +99,7 @@ def test_half_precision_changes_little(tmp_path, preset):
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "c"), rel=0.02)
 
 
-def test_no_generator_s_state_is_consulted(tmp_path, preset, whole):
+def test_resuming_depends_on_no_global_random_state(tmp_path, preset, whole):
     stop_after(preset, tmp_path / "parts", 5)
     import random
 
@@ -111,7 +111,7 @@ def test_no_generator_s_state_is_consulted(tmp_path, preset, whole):
     assert_equal(weights(whole), weights(tmp_path / "parts"))
 
 
-def test_the_moving_average_is_what_is_kept(tmp_path, preset):
+def test_checkpoints_hold_the_moving_average(tmp_path, preset):
     preset = changed(preset, {"train.ema_decay": 0.9, "train.epochs": 1})
     run(preset, tmp_path / "run")
     saved = load_checkpoint(newest(tmp_path / "run"))
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_the_future_is_not_called_damaged(preset, stopped):
     assert checkpoint.exists()
 
 
-def test_torn_logs_are_mended(tmp_path, preset, whole):
+def test_torn_logs_are_repaired(tmp_path, preset, whole):
     stop_after(preset, tmp_path / "run", 30)
     with (tmp_path / "run/steps.jsonl").open("a") as log:
         log.write('{"step": 9999, "loss": 1.0}\n{"step": 10000, "lo')
@@ -183,7 +183,7 @@ def test_torn_logs_are_mended(tmp_path, preset, whole):
     assert losses(tmp_path / "run") == losses(whole)
 
 
-def test_another_run_is_not_gone_on_with(tmp_path, preset, stopped):
+def test_resuming_with_other_settings_is_refused(tmp_path, preset, stopped):
     with pytest.raises(OutputError, match=r"holds a run — resume it with --resume"):
         run(preset, stopped)
     slower = changed(preset, {"train.lr": 1e-3, "train.weight_decay": 0.1})
@@ -201,7 +201,7 @@ def test_another_run_is_not_gone_on_with(tmp_path, preset, stopped):
     assert isinstance(events[-1], Finished)
 
 
-def test_other_images_are_another_run(preset, stopped, monkeypatch):
+def test_resuming_on_other_images_is_refused(preset, stopped, monkeypatch):
     import lsag.data.sources
 
     monkeypatch.setattr(lsag.data.sources.ArraySource, "fingerprint", lambda self: "other")
@@ -233,7 +233,7 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, preset, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_in_place(tmp_path, preset):
+def test_a_compiled_model_learns_the_same_and_keeps_its_names(tmp_path, preset):
     preset = changed(preset, {"train.epochs": 1})
     run(preset, tmp_path / "plain")
     run(preset, tmp_path / "compiled", compile=True)
@@ -348,7 +348,7 @@ def test_any_number_of_ranks_evaluates_alike(tmp_path):
         (["--accum", "5"], 2, ["cannot be cut into 5"]),
     ],
 )
-def test_refusals(lsag, arguments, code, words):
+def test_wrong_uses_of_train_are_refused(lsag, arguments, code, words):
     assert_refused(lsag("train", *arguments), code, *words)
 
 
@@ -419,7 +419,7 @@ def test_logs_that_are_no_files_are_refused(preset, stopped):
         run(preset, stopped, resume=True)
 
 
-def test_logs_that_are_no_logs_are_begun_anew(preset, stopped):
+def test_logs_that_cannot_be_read_are_started_afresh(preset, stopped):
     (stopped / "metrics.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"epoch": "a"}\n{"step": 3}\n')
     (stopped / "steps.jsonl").write_bytes(b'\x00\x00\n{"step": "a"}\n{"epoch": 1}\n')
     run(preset, stopped, resume=True)
@@ -427,7 +427,7 @@ def test_logs_that_are_no_logs_are_begun_anew(preset, stopped):
     assert len(losses(stopped)) > 20
 
 
-def test_nonsense_in_the_environment(lsag):
+def test_nonsense_in_the_environment_is_refused(lsag):
     assert_refused(lsag("train", env={"SLURM_STEP_NUM_TASKS": "x"}), 2, "SLURM_STEP_NUM_TASKS")
     assert_refused(lsag("train", env={"LSAG_FAILPOINT": "garbage"}), 2, "name:count:kind")
     assert_refused(lsag("train", "--gpus", "9" * 30), 4, "found")
