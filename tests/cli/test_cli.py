@@ -186,7 +186,7 @@ REFUSED = {
     "unknown key": (["train", "--set", "train.epoch=3"], 2, ["unknown key train.epoch", "did you mean 'epochs'"]),
     "wrong type": (["train", "--set", "train.epochs=many"], 2, ["train.epochs", "'many'"]),
     "out of range": (["train", "--epochs", "0"], 2, ["--epochs"]),
-    "no value": (["train", "--set", "train.epochs"], 2, ["key=value"]),
+    "no value": (["train", "--set", "train.epochs"], 2, ["KEY=VALUE"]),
     "set twice": (["train", "--epochs", "5", "--set", "train.epochs=6"], 2, ["train.epochs is set twice"]),
     "a plan that cannot be": (["train", "--dry-run", "--set", "train.batch_size=2000"], 2, ["1437", "2000"]),
     "too few epochs": (["train", "--epochs", "2"], 2, ["--set train.warmup_epochs=0"]),
