@@ -23,7 +23,7 @@ class Classifier(
     def __init__(self, preset: dict[str, Any], classes: Sequence[str]) -> None:
         """A classifier with random weights; the hub stores the arguments as config.json."""
         validated = validate_preset(preset, origin="the preset in config.json")
-        super().__init__(Checkpoint(build_model(validated.model), validated, tuple(classes)))
+        super().__init__(Checkpoint(build_model(validated.model), validated, tuple(classes)), precision="fp32")
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:

@@ -200,7 +200,7 @@ REFUSED = {
     "other classes": (["train", "--set", "model.num_classes=12"], 2, ["digits has 10 classes"]),
     "unknown GPU": (["train", "--device", "cuda:99"], 4, ["cuda:99"]),
     "no argument": (["eval"], 2, ["checkpoint"]),
-    "no run": (["export", "--onnx"], 3, ["no run in ./runs has a best.pt"]),
+    "no run": (["export", "--onnx"], 3, ["no best.pt in ./runs", "lsag train"]),
     "no format": (["export"], 2, ["--onnx"]),
     "two models": (["export", "a.pt", "--onnx", "--preset", "cifar-tiny", "--random-weights"], 2, ["no checkpoint"]),
     "a picture over a checkpoint": (["eval", "a.pt", "--plot", "a.pt"], 2, ["--plot a.pt does not end in .png"]),
