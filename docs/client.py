@@ -1,4 +1,4 @@
-"""A client of a default export, with numpy, Pillow and onnxruntime. python client.py model.onnx cat.jpg dog.jpg"""
+"""A client for default exports: only numpy, Pillow and onnxruntime. python client.py model.onnx cat.jpg dog.jpg"""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 
 def prepare(image, rule):
-    """Resize the shorter side, crop the middle, as the graph's metadata says: uint8 (height, width, channels)."""
+    """Resize the shorter side and crop the centre, as the metadata says: uint8 (height, width, channels)."""
     image, crop = ImageOps.exif_transpose(image).convert(rule["mode"]), rule["center_crop"]
     size = [int(rule["resize_shorter_side"] * side / min(image.size)) for side in image.size]
     image = image.resize(size, Image.Resampling[rule["interpolation"].upper()])
@@ -20,7 +20,7 @@ def prepare(image, rule):
 
 if __name__ == "__main__":
     session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-    about = json.loads(session.get_modelmeta().custom_metadata_map["lsag"])
+    metadata = json.loads(session.get_modelmeta().custom_metadata_map["lsag"])
     for path in sys.argv[2:]:
-        (logits,) = session.run(["logits"], {"images": prepare(Image.open(path), about["input"])[None]})
-        print(about["classes"][logits[0].argmax()], path)
+        (logits,) = session.run(["logits"], {"images": prepare(Image.open(path), metadata["input"])[None]})
+        print(metadata["classes"][logits[0].argmax()], path)

@@ -1,4 +1,4 @@
-"""Checkpoint files: plain data that says all about a model, written whole or not at all, and checked when read."""
+"""Checkpoint files: plain data that fully describes a model, written whole or not at all, and checked when read."""
 
 import hashlib
 import io
@@ -25,10 +25,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model ready for evaluation, with what is needed to use it.
+    """A model in evaluation mode, with all that is needed to use it.
 
-    `training` is what a resumed training needs besides: plain data and tensors, as lsag.train writes it. `best.pt` and
-    converted files have none.
+    `training` is what else is needed to resume its training, as plain data and tensors; `best.pt` and converted files
+    have none.
     """
 
     model: nn.Module
@@ -46,9 +46,9 @@ def random_checkpoint(preset: Preset) -> Checkpoint:
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` to `path`: whole, read back and synced to disk, or OutputError and `path` as it was before.
+    """Write `checkpoint` to `path`, read back and synced to disk; OutputError if that fails, with `path` unchanged.
 
-    CheckError for weights that are not finite: they are never written.
+    CheckError for weights that are not finite; they are never written.
     """
     weights = checkpoint.model.state_dict()
     if not all(value.isfinite().all() for value in weights.values()):
@@ -61,11 +61,11 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
 
 
 def save_safetensors(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write model, preset and classes to a safetensors file, which other tools read too; OutputError as above.
+    """Write model, preset and classes to a safetensors file, which other tools can read; OutputError if that fails.
 
-    The metadata entry `lsag` is JSON, with a digest of the weights: the format itself has no checksum.
+    The metadata entry `lsag` is JSON, with a digest of the weights, because the format has no checksum.
     """
-    weights = {  # each in memory of its own, which tensors of timm's may share
+    weights = {  # copied, because safetensors refuses the shared memory of some timm models
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in checkpoint.model.state_dict().items()
     }
@@ -86,7 +86,7 @@ def _description(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names and values."""
+    """SHA-256 of the names, shapes, types and values of `weights`."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(f"{name} {tuple(weights[name].shape)} {weights[name].dtype}".encode())
@@ -95,16 +95,16 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint or safetensors file that lsag wrote; the model is on the CPU and in evaluation mode.
+    """Read a checkpoint or safetensors file written by lsag; the model is on the CPU and in evaluation mode.
 
-    Every byte is checked against the file's checksums, and only plain data is read (`weights_only`).
-    Raises InputError for a file that is missing, damaged, of another kind, or of a newer format.
+    Every byte is checked against the file's checksums, and only plain data is read (`weights_only`). Raises InputError
+    for a file that is missing, damaged, of another kind, or in a newer format.
     """
     path = Path(path)
     contents = _read_safetensors(path) if path.suffix == ".safetensors" else _read(path)
     if not isinstance(contents, dict) or contents.get("kind") != "lsag":
         kind = " (weights of another project? the authors' own: lsag convert)" if isinstance(contents, dict) else ""
-        raise InputError(f"{path} is not an lsag checkpoint{kind}", "give a file that lsag train or lsag convert wrote")
+        raise InputError(f"{path} is not an lsag checkpoint{kind}", "give a file written by lsag train or lsag convert")
     if not isinstance(contents.get("format"), int) or contents["format"] != FORMAT:
         raise InputError(
             f"{path} has checkpoint format {contents.get('format')}, this lsag reads {FORMAT}", "upgrade lsag"
@@ -114,7 +114,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         classes, weights = tuple(contents["classes"]), contents["model"]
         epoch, metrics, training = int(contents["epoch"]), dict(contents["metrics"]), contents.get("training")
         if not isinstance(training, dict | None):
-            raise ValueError("the state of its training is no table")
+            raise ValueError("the state of its training is not a table")
         if len(classes) != preset.model.num_classes:
             raise ValueError(f"{len(classes)} class names for {preset.model.num_classes} classes")
         with torch.device("meta"):
@@ -123,13 +123,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         if isinstance(preset.model, ModelConfig):
             model.load_state_dict(weights, assign=True)
             model.requires_grad_(True)
-        else:  # timm's have buffers that are in no file
+        else:  # some timm models have buffers that are not saved
             model = build_model(preset.model)
             model.load_state_dict(weights)
-    except Exception as error:  # contents of any type may stand where ours are expected
+    except Exception as error:  # the contents may be of any type
         reason = error.what if isinstance(error, UsageError) else error
         raise DamagedError(
-            f"{path} does not hold what its format promises: {reason}", "use an undamaged file"
+            f"{path} does not contain what its format promises: {reason}", "use an undamaged file"
         ) from error
     return Checkpoint(model.eval(), preset, classes, epoch, metrics, training)
 
@@ -141,11 +141,13 @@ def _read_safetensors(path: Path) -> Any:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         described = json.loads(header.get("__metadata__", {}).get("lsag", "null"))
     except Exception as error:  # safetensors raises its own types, json others
-        raise DamagedError(f"{path} is no safetensors file, or is truncated or damaged", "use a whole file") from error
+        raise DamagedError(
+            f"{path} is not a safetensors file, or is truncated or damaged", "use an undamaged file"
+        ) from error
     if not isinstance(described, dict):
         return {"model": weights}
     if described.get("weights_sha256") != weights_digest(weights):
-        raise DamagedError(f"{path} is damaged or was changed: the digest of its weights differs", "use a whole file")
+        raise DamagedError(f"{path} is damaged or was changed: the digest of its weights differs", "use another file")
     return {**described, "model": weights}
 
 
@@ -156,7 +158,7 @@ def _read(path: Path) -> Any:
             entries = archive.infolist()
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
             if not stored or sum(entry.file_size for entry in entries) > len(data):
-                raise DamagedError(f"{path} is compressed, as no checkpoint is", "give a file that lsag wrote")
+                raise DamagedError(f"{path} is compressed, as no checkpoint is", "give a file written by lsag")
             damaged = archive.testzip()
             if damaged is not None:
                 raise DamagedError(f"{path} is truncated or damaged (checksum of {damaged})", "use an undamaged file")
@@ -164,10 +166,10 @@ def _read(path: Path) -> Any:
         raise
     except Exception as error:  # zipfile raises many types for a damaged directory
         raise DamagedError(
-            f"{path} is not a checkpoint, or is truncated or damaged", "give a file that lsag wrote"
+            f"{path} is not a checkpoint, or is truncated or damaged", "give a file written by lsag"
         ) from error
     try:
-        with warnings.catch_warnings(action="ignore"):  # of sparse tensors, which are refused
+        with warnings.catch_warnings(action="ignore"):  # about sparse tensors, which are refused
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for a file that is not its own
         reason = (
@@ -202,9 +204,6 @@ def check_weights(weights: Any, wanted: Mapping[str, torch.Tensor]) -> None:
     found = [f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in problems.items() if keys]
     if found:
         raise ValueError(f"the weights do not fit: {'; '.join(found)}")
-
-
-_check_weights = check_weights  # goes when initialise_from moves to the training
 
 
 def _layout(tensor: torch.Tensor) -> str:

@@ -7,12 +7,12 @@ from huggingface_hub import PyTorchModelHubMixin
 
 from lsag.checkpoint import Checkpoint
 from lsag.config import validate_preset
-from lsag.inference import classifier
+from lsag.inference.classifier import Classifier as InferenceClassifier
 from lsag.model.build import build_model
 
 
 class Classifier(
-    classifier.Classifier,
+    InferenceClassifier,
     PyTorchModelHubMixin,
     library_name="lsag",
     tags=["image-classification", "lsag"],

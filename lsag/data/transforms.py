@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision import transforms
 
@@ -36,16 +36,20 @@ def train_transform(preset: Preset) -> Any:
 
 
 def eval_transform(preset: Preset) -> Any:
-    """PIL image -> uint8 (C, size, size): the shorter side resized to `eval_resize`, then a centre crop."""
+    """PIL image -> uint8 (C, size, size), upright by its EXIF data: shorter side to `eval_resize`, centre crop."""
     size = preset.model.image_size
     return transforms.Compose(
         [
-            partial(Image.Image.convert, mode=preset.image_mode),
+            partial(_upright, mode=preset.image_mode),
             _resize(preset.data.eval_resize or size, preset.data),
             transforms.CenterCrop(size),
             transforms.PILToTensor(),
         ]
     )
+
+
+def _upright(image: Image.Image, *, mode: str) -> Image.Image:
+    return ImageOps.exif_transpose(image).convert(mode)
 
 
 def _resize(size: int, data: DataConfig) -> transforms.Resize:

@@ -1,4 +1,4 @@
-"""What this machine has for training and for inference; what can be tried is tried. Nothing here must fail to load."""
+"""What works on this machine, found by trying it where possible. This file imports nothing that could be broken."""
 
 import importlib
 import platform
@@ -24,12 +24,12 @@ from lsag.inference.providers import (
 Purpose = Literal["train", "gpu-inference"]
 BOTH: tuple[Purpose, ...] = ("train", "gpu-inference")
 LITTLE_DISK = 5e9
-"""Bytes; the checkpoints of the largest model take about as much."""
+"""In bytes, about the size of the largest model's checkpoints."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `problem` is empty if it works; `prevents` says what does not work without it."""
+    """The state of one thing. `problem` is empty if it works; `prevents` says what does not work without it."""
 
     name: str
     value: str
@@ -39,7 +39,7 @@ class Finding:
 
 
 def examine(data_dir: Path, out: Path) -> Iterator[Finding]:
-    """Look at everything, also datasets below `data_dir` and the disk of `out`; nothing is downloaded."""
+    """Examine everything, including datasets in `data_dir` and the disk of `out`; nothing is downloaded."""
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
     packages = [_package(name) for name in ("torch", "torchvision", "timm", "onnx", "onnxscript")]
     yield from packages
@@ -49,10 +49,10 @@ def examine(data_dir: Path, out: Path) -> Iterator[Finding]:
     if not any(package.problem for package in packages[:3]):
         for dataset in [*DATASETS, "folder"]:
             yield _dataset(dataset, data_dir)
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    problem = "" if free > LITTLE_DISK else "little room for checkpoints"
-    yield Finding("disk", f"{free / 1e9:.1f} GB free in {there}", problem, "free space, or choose another --out")
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    problem = "" if free > LITTLE_DISK else "little space for checkpoints"
+    yield Finding("disk", f"{free / 1e9:.1f} GB free in {existing}", problem, "free space, or choose another --out")
 
 
 def _package(name: str) -> Finding:
@@ -62,7 +62,7 @@ def _package(name: str) -> Finding:
     except PackageNotFoundError:
         return Finding(name, "absent", "not installed", "pip install lsag", BOTH)
     except Exception as error:  # a broken installation may raise anything
-        fix = "install torch and torchvision of one release from the same place"
+        fix = "install matching versions of torch and torchvision from the same index"
         return Finding(name, found, f"does not import: {first_line(error)}", fix, BOTH)
     return Finding(name, found)
 
@@ -74,9 +74,9 @@ def _torch() -> Iterator[Finding]:
 
     yield Finding("torch's CUDA", torch_cuda() or "none")
     if not torch.cuda.is_available():
-        problem = "torch does not see the GPU" if driver else ""
+        problem = "torch finds no GPU" if driver else ""
         prevents = BOTH if driver else ()
-        yield Finding("GPUs of torch", "none", problem, "install a torch for this driver's CUDA", prevents)
+        yield Finding("GPUs of torch", "none", problem, "install torch for this driver's CUDA", prevents)
         return
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
@@ -89,13 +89,13 @@ def _onnxruntime() -> Iterator[Finding]:
     if not found:
         yield Finding("onnxruntime", "absent", "not installed", "pip install onnxruntime-gpu", BOTH)
         return
-    problem = "two in one environment break each other" if len(found) > 1 else ""
+    problem = "several in one environment break each other" if len(found) > 1 else ""
     yield Finding("onnxruntime", packages, problem, how_to_fix("cuda"), BOTH[1:] if problem else ())
     import onnxruntime
     import torch  # noqa: F401  whose CUDA libraries onnxruntime's provider finds once they are loaded
 
     yield Finding("onnxruntime's CUDA", onnxruntime_cuda() or "none")
-    onnxruntime.set_default_logger_severity(4)  # what fails is told here
+    onnxruntime.set_default_logger_severity(4)  # failures are reported here
     for provider in onnxruntime.get_available_providers():
         reason = try_provider(provider)
         kind = provider.removesuffix("ExecutionProvider").lower()
@@ -109,7 +109,7 @@ def _onnxruntime() -> Iterator[Finding]:
 
 
 def try_provider(provider: str) -> str:
-    """Run a graph of one node on an execution provider of onnxruntime; why that failed, or nothing."""
+    """Run a graph of one node on an execution provider of onnxruntime; the reason if that fails, else empty."""
     import numpy as np
     import onnxruntime
     from onnx import TensorProto, helper
@@ -126,7 +126,7 @@ def try_provider(provider: str) -> str:
             model.SerializeToString(), options, providers=[provider], enable_fallback=0
         )
         if session.get_providers()[0] != provider:
-            return "onnxruntime took another provider instead"
+            return "onnxruntime chose another provider instead"
         (result,) = session.run(None, {"x": np.ones(2, np.float32)})
         return "" if result.tolist() == [2, 2] else "it computes 1 + 1 wrongly"
     except Exception as error:  # onnxruntime raises its own types, which it does not export

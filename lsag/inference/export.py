@@ -113,6 +113,8 @@ def export_onnx(
     found = next(entry.version for entry in graph.opset_import if entry.domain == "")
     if found != opset:
         raise CheckError(f"torch wrote opset {found} instead of {opset}; {path} was not written", "use another --opset")
+    for node in graph.graph.node:
+        del node.metadata_props[:]  # the exporter's stack traces, with paths of this machine
     metadata = describe(checkpoint, half=half, batch=batch, raw_input=raw_input)
     metadata["graph_sha256"] = graph_digest(graph)
     onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(metadata)})

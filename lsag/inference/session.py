@@ -110,7 +110,7 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = self._threads
-        # Threads spin while they wait for each other during a call, which is faster, but not after it.
+        # Threads spin while they wait for each other during a call, but not after it (docs/benchmarks.md).
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if provider != "cpu":

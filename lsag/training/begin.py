@@ -50,6 +50,8 @@ def begin(preset: Preset, data: Data, run: NoRun, world: World, options: TrainOp
         preset=preset,
         classes=data.classes,
         dataset=data.fingerprint,
+        steps_per_epoch=data.steps_per_epoch,
+        device=world.device,
         dtype=dtype,
         num_slices=world.size * options.accum,
         num_ranks=world.size,
@@ -64,16 +66,16 @@ def begin(preset: Preset, data: Data, run: NoRun, world: World, options: TrainOp
         optimizer.zero_grad()
     if checkpoint is not None:
         state.restore(checkpoint)
-        notes += _resumed(state, checkpoint, data.steps_per_epoch, options.out)
+        notes += _resumed(state, checkpoint, options.out)
     return state, notes
 
 
-def _resumed(state: State, checkpoint: Checkpoint, steps_per_epoch: int, out: Path) -> list[str]:
+def _resumed(state: State, checkpoint: Checkpoint, out: Path) -> list[str]:
     """Notes on a resumed run. UsageError if its position is not one of this preset on this data."""
-    position = state.position
-    if not 0 <= position.step - position.epoch * steps_per_epoch <= steps_per_epoch:
+    step = state.position.step
+    if not 0 <= state.step_in_epoch <= state.steps_per_epoch:
         raise UsageError(
-            f"step {position.step} of {out} lies outside its epoch: other batch size or number of images",
+            f"step {step} of {out} lies outside its epoch: other batch size or number of images",
             "resume with the original batch size and data",
         )
     earlier = dict((checkpoint.training or {}).get("numerics") or {})
@@ -82,7 +84,7 @@ def _resumed(state: State, checkpoint: Checkpoint, steps_per_epoch: int, out: Pa
         for key, now in state.numerics.items()
         if earlier.get(key, now) != now
     ]
-    notes = [f"resumed after step {position.step}"]
+    notes = [f"resumed after step {step}"]
     return notes if not changes else [*notes, f"{', '.join(changes)}: results may differ in rounding"]
 
 

@@ -53,13 +53,7 @@ def train(preset: Preset, options: TrainOptions) -> Iterator[Progress]:
         preset, data = open_data(preset, options, world)
         with open_run(options, world, signals) as run:
             state, notes = begin(preset, data, run, world, options)
-            meter = Meter(
-                state.position,
-                began=began,
-                batch_size=preset.train.batch_size,
-                steps_per_epoch=data.steps_per_epoch,
-                device=world.device,
-            )
+            meter = Meter(state, began=began)
             signals.lasting = world.size > 1
             with signals:
                 run.begin(state)
@@ -80,28 +74,22 @@ def train(preset: Preset, options: TrainOptions) -> Iterator[Progress]:
 
 
 def fit(
-    state: State,
-    data: Data,
-    run: NoRun,
-    world: World,
-    signals: Signals,
-    meter: Meter,
-    options: TrainOptions,
+    state: State, data: Data, run: NoRun, world: World, signals: Signals, meter: Meter, options: TrainOptions
 ) -> Iterator[Step | Epoch]:
     """The epochs that are left. StopRequestedError, between two steps, when a signal asks to stop."""
-    position, steps_per_epoch = state.position, data.steps_per_epoch
-    step = TrainStep(state, slices=data.order.slices, steps_per_epoch=steps_per_epoch, world=world, meter=meter)
+    position = state.position
+    step = TrainStep(state, data.order.slices, world, signals, meter)
     for epoch in range(position.epoch, state.preset.train.epochs):
         failpoint("epoch_begin")
         meter.begin_epoch()
         state.model.train()
         batches = data.epoch(epoch, meter.first_step)
-        for _ in range(meter.first_step, steps_per_epoch):
-            result = step(batches, signals=signals, save_due=run.save_due)
+        for _ in range(meter.first_step, state.steps_per_epoch):
+            result = step(batches, save_due=run.save_due)
             position.seconds = meter.seconds
             run.log(result.row)
             if position.skipped_in_a_row >= MAX_SKIPPED:
-                where = f"in {MAX_SKIPPED} steps in a row, up to step {meter.step_in_epoch} of epoch {epoch + 1}"
+                where = f"in {MAX_SKIPPED} steps in a row, up to step {state.step_in_epoch} of epoch {epoch + 1}"
                 raise diverged(options.out, where)
             if result.stop:
                 raise StopRequestedError(result.stop)
@@ -117,7 +105,7 @@ def fit(
         if not math.isfinite(metrics.loss):
             raise diverged(options.out, f"in the evaluation after epoch {epoch + 1}")
         position.seconds = meter.seconds
-        summary = state.finish_epoch(metrics, meter.epoch(run.save_seconds), steps_per_epoch=steps_per_epoch)
+        summary = state.finish_epoch(metrics, meter.epoch(run.save_seconds))
         failpoint("epoch_end")
         run.finish_epoch(state, summary)
         yield summary

@@ -5,11 +5,9 @@ import math
 import time
 from collections.abc import Iterator
 
-import torch
-
 from lsag.device import peak_memory
 from lsag.training.events import Step
-from lsag.training.state import Position
+from lsag.training.state import State
 
 REPORT_SECONDS = 0.5
 """Time between two reports of a Step."""
@@ -18,17 +16,10 @@ REPORT_SECONDS = 0.5
 class Meter:
     """How long a training, its epoch and its waiting take, and what it achieved since the last report."""
 
-    def __init__(
-        self, position: Position, *, began: float, batch_size: int, steps_per_epoch: int, device: torch.device
-    ) -> None:
-        """`began` is the time.monotonic() at which this sitting began; `position` says how long earlier ones took."""
-        self.position, self.batch_size, self.steps_per_epoch, self.device = (
-            position,
-            batch_size,
-            steps_per_epoch,
-            device,
-        )
-        self.origin = began - position.seconds
+    def __init__(self, state: State, *, began: float) -> None:
+        """`began` is the time.monotonic() at which this sitting began; the state knows how long earlier ones took."""
+        self.state, self.position, self.batch_size = state, state.position, state.preset.train.batch_size
+        self.origin = began - self.position.seconds
         self.save_seconds = 0.0
         self.begin_epoch()
 
@@ -39,15 +30,10 @@ class Meter:
 
     def begin_epoch(self) -> None:
         """An epoch begins, or is resumed, at the position."""
-        self.first_step = self.step_in_epoch
+        self.first_step = self.state.step_in_epoch
         self.epoch_start = self.epoch_end = time.monotonic()
         self.waited = 0.0
         self._begin_window(self.epoch_start)
-
-    @property
-    def step_in_epoch(self) -> int:
-        """Steps of the epoch that are done."""
-        return self.position.step - self.position.epoch * self.steps_per_epoch
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -58,9 +44,9 @@ class Meter:
 
     def step(self, lr: float) -> Step | None:
         """A report after a step with that learning rate, None if the last one was just now."""
-        now, done = time.monotonic(), self.step_in_epoch
+        now, done = time.monotonic(), self.state.step_in_epoch
         self.epoch_end = now
-        if now - self._time <= REPORT_SECONDS and done < self.steps_per_epoch:
+        if now - self._time <= REPORT_SECONDS and done < self.state.steps_per_epoch:
             return None
         seconds, losses = now - self._time, self.position.loss_steps - self._loss_steps
         report = Step(
@@ -70,7 +56,7 @@ class Meter:
             lr=lr,
             images_per_second=(done - self._step) * self.batch_size / seconds,
             data_wait=(self.waited - self._waited) / seconds,
-            memory=peak_memory(self.device),
+            memory=peak_memory(self.state.device),
         )
         self._begin_window(now)
         return report
@@ -80,12 +66,12 @@ class Meter:
         seconds = max(self.epoch_end - self.epoch_start, 1e-9)
         saving, self.save_seconds = save_seconds - self.save_seconds, save_seconds
         return {
-            "images_per_second": (self.steps_per_epoch - self.first_step) * self.batch_size / seconds,
+            "images_per_second": (self.state.steps_per_epoch - self.first_step) * self.batch_size / seconds,
             "data_wait": self.waited / seconds,
             "save_share": saving / seconds,
         }
 
     def _begin_window(self, now: float) -> None:
         """What the next report compares with."""
-        self._time, self._step, self._waited = now, self.step_in_epoch, self.waited
+        self._time, self._step, self._waited = now, self.state.step_in_epoch, self.waited
         self._loss_sum, self._loss_steps = self.position.loss_sum, self.position.loss_steps

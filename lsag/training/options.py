@@ -71,8 +71,10 @@ class TrainOptions(BaseModel):
         try:
             values = json.loads(path.read_bytes())
             names = cls.model_fields.keys() & values.keys() - cls.NOT_KEPT
-            found = cls.model_validate({"out": out, **{name: values[name] for name in names}})
+            found = cls.model_validate({"out": out, "data_dir": out, **{name: values[name] for name in names}})
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            reason: object = error
+            if isinstance(error, ValidationError):
+                reason = "; ".join(f"{one['loc'][0]}: {one['msg']}" for one in error.errors())
             raise DamagedError(f"{path} is damaged: {reason}", "remove it, and give the run's options again") from error
         return {name: getattr(found, name) for name in names}

@@ -64,6 +64,8 @@ class State:
     classes: tuple[str, ...]
     dataset: str
     """Fingerprint of the images."""
+    steps_per_epoch: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     """Type of matrix products under autocast."""
     num_slices: int = 1
@@ -88,12 +90,21 @@ class State:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
+    def step_in_epoch(self) -> int:
+        """Steps of the current epoch that are done."""
+        return self.position.step - self.position.epoch * self.steps_per_epoch
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, counted from 0."""
+        return lr_at(step, train=self.preset.train, steps_per_epoch=self.steps_per_epoch)
+
+    @property
     def numerics(self) -> dict[str, Any]:
         """What the rounding of the results depends on, beside the preset."""
         precision = str(self.dtype).removeprefix("torch.")
         return {"slices": self.num_slices, "ranks": self.num_ranks, "precision": precision}
 
-    def finish_epoch(self, metrics: Metrics, rates: dict[str, float], *, steps_per_epoch: int) -> Epoch:
+    def finish_epoch(self, metrics: Metrics, rates: dict[str, float]) -> Epoch:
         """Count the current epoch as done, with what its evaluation found; a row of metrics.jsonl."""
         position = self.position
         train_loss = position.loss_sum / max(position.loss_steps, 1)
@@ -105,7 +116,7 @@ class State:
         return Epoch(
             epoch=position.epoch,
             step=position.step,
-            lr=lr_at(position.step - 1, train=self.preset.train, steps_per_epoch=steps_per_epoch),
+            lr=self.lr_at(position.step - 1),
             train_loss=train_loss,
             eval_loss=metrics.loss,
             top1=metrics.top1,

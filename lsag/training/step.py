@@ -19,7 +19,6 @@ from lsag.device import autocast
 from lsag.distributed.world import World, lost_peers
 from lsag.failpoints import failpoint
 from lsag.training.meter import Meter
-from lsag.training.optim import lr_at
 from lsag.training.signals import Signals
 from lsag.training.state import State, keep_buffers
 
@@ -48,31 +47,25 @@ class StepResult:
 class TrainStep:
     """Updates the state with a batch, of which this rank takes `slices`, one after another."""
 
-    def __init__(self, state: State, *, slices: range, steps_per_epoch: int, world: World, meter: Meter) -> None:
-        self.state, self.slices, self.steps_per_epoch, self.world, self.meter = (
-            state,
-            slices,
-            steps_per_epoch,
-            world,
-            meter,
-        )
+    def __init__(self, state: State, slices: range, world: World, signals: Signals, meter: Meter) -> None:
+        self.state, self.slices, self.world, self.signals, self.meter = state, slices, world, signals, meter
         self.mixup = make_mixup(state.preset)
         # Mixup smooths the labels itself.
         self.label_smoothing = 0.0 if self.mixup else state.preset.augment.label_smoothing
 
-    def __call__(self, batches: Batches, *, signals: Signals, save_due: bool) -> StepResult:
+    def __call__(self, batches: Batches, *, save_due: bool) -> StepResult:
         """Take the next slices from `batches` and update the state, unless any rank's loss or gradient is not finite.
 
         `save_due` is this rank's wish to save. StopRequestedError for a wish to stop that comes while waiting for data.
         """
-        state, position = self.state, self.state.position
-        lr = lr_at(position.step, train=state.preset.train, steps_per_epoch=self.steps_per_epoch)
+        state, position, signals = self.state, self.state.position, self.signals
+        lr = state.lr_at(position.step)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         restore_buffers = keep_buffers(state.model)
         total = torch.zeros((), device=self.world.device)
         for index in self.slices:
-            total += self.accumulate(*self.fetch(batches, index, signals), index)
+            total += self.accumulate(*self.fetch(batches, index), index)
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), state.preset.train.clip_grad)
         loss, grad_norm = torch.stack([total, norm]).tolist()
@@ -107,12 +100,12 @@ class TrainStep:
             save=agreed["save"] > 0,
         )
 
-    def fetch(self, batches: Batches, index: int, signals: Signals) -> tuple[Tensor, Tensor]:
+    def fetch(self, batches: Batches, index: int) -> tuple[Tensor, Tensor]:
         """The next slice. A lone process can be stopped while it waits for the first one of a step."""
         alone = self.world.size == 1 and index == self.slices[0]
         with self.meter.waiting():
             failpoint("fetch")
-            with signals.interruptible() if alone else contextlib.nullcontext():
+            with self.signals.interruptible() if alone else contextlib.nullcontext():
                 return next(batches)
 
     def accumulate(self, images: Tensor, labels: Tensor, index: int) -> Tensor:

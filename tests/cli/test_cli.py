@@ -440,7 +440,7 @@ def test_no_figure_is_cut_off_on_a_narrow_terminal(lsag, width):
 
 def test_help_names_the_defaults(lsag):
     shown = " ".join(lsag("train", "--help").stdout.replace("│", " ").split())
-    for words in ("$LSAG_DATA, or ./data", "runs/PRESET-TIME", "by the machine"):
+    for words in ("$LSAG_DATA, or ./data", "runs/PRESET-TIME", "depends on the machine"):
         assert words in shown
 
 

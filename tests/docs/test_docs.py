@@ -35,14 +35,16 @@ def test_links_lead_somewhere_and_nothing_is_left_open(page):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+def test_the_python_of_the_pages_runs(tmp_path, monkeypatch, capsys):
     preset = load_preset("cifar-nano")
     (tmp_path / "runs/mine").mkdir(parents=True)
     save_checkpoint(tmp_path / "runs/mine/best.pt", random_checkpoint(preset))
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
-    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], {})
-    assert "unnamed class" in capsys.readouterr().out
+    for page in (README, (ROOT / "docs/inference.md").read_text()):
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(block, {})
+        assert "unnamed class" in capsys.readouterr().out
 
 
 def test_the_constraints_are_within_the_bounds():

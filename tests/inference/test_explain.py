@@ -84,7 +84,7 @@ def test_the_token_is_the_one_at_the_point(checkpoint, picture, monkeypatch):
     """An attention that prefers the asking token shows where that is."""
     monkeypatch.setattr(
         GlobalAttention,
-        "weights",
+        "attention_weights",
         lambda self, x, token: F.one_hot(torch.tensor(token), x.shape[1]).float()[None, None],
     )
     found = explain(Classifier(checkpoint), picture, point=(11, 3))

@@ -1,0 +1,126 @@
+"""One way to use a model: checkpoints and graphs, from Python and from the commands, refused before anything slow."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from lsag import load_preset
+from lsag.checkpoint import random_checkpoint, save_checkpoint
+from lsag.data.transforms import Normalize
+from lsag.errors import UsageError
+from lsag.inference.classifier import Classifier, open_model
+from lsag.inference.export import export_onnx, made_up_images
+from tests.conftest import ROOT, assert_refused, randomise
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    checkpoint = random_checkpoint(load_preset("digits-nano"))
+    randomise(checkpoint.model)
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def files(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_checkpoint(folder / "a.pt", checkpoint)
+    export_onnx(checkpoint, folder / "a.onnx", batch=2)
+    return folder
+
+
+def test_a_checkpoint_and_its_graph_are_used_alike(checkpoint, files):
+    image = Image.effect_noise((20, 16), 80).convert("RGBA")
+    expected = checkpoint.model(Normalize(checkpoint.preset.data)(made_up_images(3, checkpoint)))
+    for model in (open_model(files / "a.pt", device="cpu"), open_model(files / "a.onnx", provider="cpu")):
+        assert model.preset == checkpoint.preset and model.classes == checkpoint.classes
+        assert model.device_name in ("cpu", "onnxruntime CPUExecutionProvider")
+        pixels = model.transform(image)
+        assert (pixels.dtype, pixels.shape) == (torch.uint8, (1, 8, 8))
+        logits = model(made_up_images(3, checkpoint))
+        torch.testing.assert_close(logits, expected.detach(), rtol=1e-4, atol=1e-4)
+        assert not logits.requires_grad
+
+
+def test_precision_is_that_of_matrix_products(checkpoint):
+    images = made_up_images(4, checkpoint)
+    exact, rounded = Classifier(checkpoint)(images), Classifier(checkpoint, precision="bf16")(images)
+    assert exact.dtype == torch.float32 and torch.equal(exact, Classifier(checkpoint, precision="fp32")(images))
+    assert not torch.equal(exact, rounded.float())
+    torch.testing.assert_close(exact, rounded.float(), rtol=0.1, atol=0.1 * exact.abs().max().item())
+
+
+def test_the_mode_of_the_model_is_left_alone(checkpoint):
+    classifier = Classifier(checkpoint)
+    for training in (True, False):
+        checkpoint.model.train(training)
+        classifier(made_up_images(1, checkpoint))
+        assert checkpoint.model.training == training
+
+
+@pytest.mark.parametrize("options", [{"device": "cpu"}, {"precision": "fp16"}])
+def test_options_of_checkpoints_are_refused_for_graphs(files, options):
+    with pytest.raises(UsageError, match=f"--{next(iter(options))}.* is for checkpoints"):
+        open_model(files / "a.onnx", **options)
+    with pytest.raises(UsageError, match=r"--provider is for \.onnx graphs"):
+        open_model(files / "a.pt", provider="cpu")
+
+
+def test_the_commands_take_a_precision(lsag, files, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    for command in (["predict", files / "a.pt", "a.png"], ["explain", files / "a.pt", "a.png"]):
+        assert lsag(*command, "--precision", "bf16").returncode == 0
+    assert_refused(
+        lsag("predict", files / "a.onnx", "a.png", "--precision", "bf16"), 2, "--precision is for checkpoints"
+    )
+
+
+def test_old_names_of_options_work_and_say_the_new_ones(lsag, files):
+    done = lsag("export", files / "a.pt", "--onnx", "--half", "--batch", 1, "--out", "old.onnx")
+    assert done.returncode == 0 and "fp16" in done.stdout and "at batch 1:" in done.stdout
+    assert done.stderr.splitlines()[:2] == ["--half is now --precision fp16", "--batch is now --batch-size"]
+
+
+REFUSED_AT_ONCE = """
+import sys
+from pathlib import Path
+from lsag_cli.app import run
+
+Path("a.pt").touch(), Path("a.onnx").touch()
+for line in sys.stdin:
+    code, *words = line.split()
+    sys.argv = ["lsag", *words]
+    assert run() == int(code), line
+    assert not {"torch", "timm", "onnx", "onnxruntime"} & set(sys.modules), line
+"""
+COMMANDS = """
+3 eval nothere.pt
+3 predict nothere.pt x
+3 explain nothere.pt x.png
+3 explain a.pt nothere.png
+3 export nothere.pt --onnx
+3 export --onnx
+3 convert nothere.pth --preset cifar-tiny
+3 push nothere.pt org/name
+3 predict a.pt *.jpg
+2 eval a.pt --dataset nope
+2 eval a.pt --provider cuda
+2 eval a.onnx --precision fp16
+2 predict a.pt x --profile
+2 export a.pt --onnx --opset 17
+2 export a.pt --onnx --out a.pt
+"""
+
+
+def test_what_cannot_work_is_refused_without_loading_pytorch(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED_AT_ONCE],
+        input=COMMANDS.strip(),
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

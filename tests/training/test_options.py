@@ -1,0 +1,63 @@
+"""A run keeps the options that it was started with: its name alone is enough to resume it."""
+
+import json
+
+import pytest
+
+from lsag.errors import DamagedError
+from lsag.training.options import TrainOptions
+from tests.conftest import TINY, assert_refused
+
+
+def test_a_killed_run_is_resumed_by_its_name_alone(lsag, folder, tmp_path):
+    """With its data folder, accumulation and workers, from another folder, and again after that."""
+    options = ["--preset", "cifar-nano", "--dataset", "folder", "--data-dir", ".", "--accum", "2", "--workers", "0"]
+    small = ["--set=train.batch_size=4", "--set=model.stages=[{embed_dim=8,depth=2,num_heads=2}]", TINY[1]]
+    killed = {"LSAG_FAILPOINT": "after_opt:3:kill"}
+    assert lsag("train", *options, *small, "--epochs=2", "--out", "run", env=killed).returncode == -9
+    (tmp_path / "elsewhere").mkdir()
+    for _ in range(2):
+        done = lsag("train", "--resume", "../run", cwd=tmp_path / "elsewhere")
+        assert done.returncode == 0, done.stderr
+        assert "resumed after step" in done.stderr and "changed from" not in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run/steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_an_option_that_is_given_wins(lsag, tmp_path):
+    stopped = {"LSAG_FAILPOINT": "after_opt:3:term"}
+    started = lsag("train", *TINY, "--accum", "2", "--device", "cpu", "--procs", "1", "--out", "run", env=stopped)
+    assert started.returncode == 143
+    assert started.stderr.splitlines()[-1].endswith(
+        "stopped by SIGTERM; step 3 is saved in run — resume with: lsag train --resume run"
+    )
+    done = lsag("train", "--resume", "run", "--accum", "1")
+    assert done.returncode == 0, done.stderr
+    assert "slices changed from 2 to 1: results may differ in rounding" in done.stderr
+    kept = TrainOptions.kept_in(tmp_path / "run")
+    assert kept["accum"] == 1 and kept["device"] == "cpu" and kept["data_dir"].is_absolute()
+
+
+@pytest.mark.parametrize(
+    "content", ['{"accum": "x"}', '{"accum": 0}', "[1]", "{", "\0", '{"data_dir": 5}', "[" * 100_000]
+)
+def test_damaged_options_are_refused(tmp_path, content):
+    (tmp_path / "options.json").write_text(content)
+    with pytest.raises(DamagedError, match=r"options.json is damaged: .* — remove it"):
+        TrainOptions.kept_in(tmp_path)
+
+
+def test_damaged_options_are_one_line(lsag, tmp_path):
+    assert lsag("train", *TINY, "--out", "run").returncode == 0
+    (tmp_path / "run/options.json").write_text('{"accum": "x"}')
+    assert_refused(lsag("train", "--resume", "run"), 3, "options.json is damaged: accum", "remove it")
+    (tmp_path / "run/options.json").unlink()  # as a run of an earlier version has none
+    assert lsag("train", "--resume", "run").returncode == 0
+
+
+def test_every_option_is_kept_or_concerns_one_start_alone(tmp_path):
+    options = TrainOptions(out=tmp_path, data_dir="data", workers=3, precision="bf16", save_minutes=1)
+    (tmp_path / "options.json").write_bytes(options.to_keep())
+    kept = TrainOptions.kept_in(tmp_path)
+    assert kept.keys() | TrainOptions.NOT_KEPT == TrainOptions.model_fields.keys()
+    assert (kept["workers"], kept["precision"], kept["save_minutes"]) == (3, "bf16", 1.0)
