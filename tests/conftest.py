@@ -1,10 +1,10 @@
 """Fixtures: small presets, the material beside a checkout where it is present, and a run of the command line."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lsag import ModelConfig, Preset, load_preset
+from lsag import ModelConfig, Preset, load_checkpoint, load_preset
 from lsag.presets import ablations
+from lsag.training.events import Started
+from lsag.training.loop import train
+from lsag.training.options import TrainOptions
+from tests.processes import ROOT, Server, Spawned
 
-ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 CIFAR_SHIFTS = load_preset("cifar-tiny").model.shifts
 IMAGENET_SHIFTS = load_preset("in1k-tiny").model.shifts
-
-torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
 def shared(name: str) -> Path:
@@ -68,7 +69,7 @@ def images(batch: int, config: ModelConfig, seed: int = 0) -> Tensor:
     return torch.randn(batch, config.in_channels, config.image_size, config.image_size, generator=generator)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_preset() -> Preset:
     """digits-nano, cut down to train in seconds: one epoch, 8-dimensional."""
     return load_preset(
@@ -84,6 +85,49 @@ def tiny_preset() -> Preset:
     )
 
 
+def changed(preset: Preset, changes: dict[str, object]) -> Preset:
+    """`preset` with other values for keys such as train.lr."""
+    values = json.loads(preset.model_dump_json())
+    for key, value in changes.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    return type(preset).model_validate(values)
+
+
+def run(preset: Preset, out: Path, **options: Any) -> list[Any]:
+    """The events of a whole training on the CPU."""
+    return list(train(preset, TrainOptions(data_dir=out.parent, out=out, device="cpu", **options)))
+
+
+def stop_after(preset: Preset, out: Path, steps: int, **options: Any) -> None:
+    """Train until `steps` are reported, with a save after each, and abandon it there without a word, as a kill does."""
+    going = train(preset, TrainOptions(data_dir=out.parent, out=out, device="cpu", save_minutes=0, **options))
+    for event in going:
+        if not isinstance(event, Started) and event.step >= steps:
+            break
+    going.close()
+
+
+def newest(out: Path) -> Path:
+    """The last checkpoint of a run."""
+    return max(out.glob("step-*.pt"))
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    """Of the last checkpoint of a run."""
+    return load_checkpoint(newest(out)).model.state_dict()
+
+
+def losses(out: Path) -> list[float | None]:
+    """Of each step of a run."""
+    return [json.loads(line)["loss"] for line in (out / "steps.jsonl").read_text().splitlines()]
+
+
+def assert_equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    """To the bit."""
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
 TINY = [
     "--set=model.stages=[{embed_dim=8,depth=2,num_heads=2},{embed_dim=8,depth=1,num_heads=2}]",
     "--set=train.warmup_epochs=0",
@@ -92,26 +136,34 @@ TINY = [
 """Options that make `lsag train` finish in seconds."""
 
 
-@pytest.fixture
-def lsag(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in a process of its own, in an empty folder."""
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.close()
 
-    def run(
-        *arguments: object, env: dict[str, str] | None = None, cwd: Path = tmp_path
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "lsag_cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"} | (env or {}),
-            timeout=300,
-        )
+
+@pytest.fixture
+def lsag(server: Server, tmp_path: Path) -> Callable[..., CompletedProcess[str]]:
+    """Run a command in a forked process, in an empty folder."""
+
+    def run(*arguments: object, env: dict[str, str] | None = None, cwd: Path = tmp_path) -> CompletedProcess[str]:
+        return server.start([*map(str, arguments)], cwd, {"COLUMNS": "120"} | (env or {})).completed()
 
     return run
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+@pytest.fixture
+def lsag_afresh(tmp_path: Path) -> Callable[..., CompletedProcess[str]]:
+    """Run a command as a user does: for what is decided while Python and its libraries are loaded."""
+
+    def run(*arguments: object, env: dict[str, str] | None = None, cwd: Path = tmp_path) -> CompletedProcess[str]:
+        return Spawned([*map(str, arguments)], cwd, {"COLUMNS": "120"} | (env or {})).completed()
+
+    return run
+
+
+def assert_refused(done: CompletedProcess[str], code: int, *words: str) -> None:
     """One line on stderr that begins as documented and names each of `words`; that exit code; nothing on stdout."""
     lines = done.stderr.strip().splitlines()
     assert done.returncode == code, done.stderr

@@ -16,13 +16,14 @@ from tests.conftest import assert_refused
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def files(tmp_path, tiny_preset):
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_preset):
     """A checkpoint, and its graph."""
+    folder = tmp_path_factory.mktemp("files")
     checkpoint = random_checkpoint(tiny_preset)
-    save_checkpoint(tmp_path / "a.pt", checkpoint)
-    export_onnx(checkpoint, tmp_path / "a.onnx")
-    return tmp_path / "a.pt", tmp_path / "a.onnx"
+    save_checkpoint(folder / "a.pt", checkpoint)
+    export_onnx(checkpoint, folder / "a.onnx")
+    return folder / "a.pt", folder / "a.onnx"
 
 
 def test_every_kind_of_contender_is_measured(files, tiny_preset):

@@ -199,13 +199,13 @@ def test_the_hub_gives_back_what_it_was_given(checkpoint, tmp_path):
     assert found.checkpoint().preset == checkpoint.preset
 
 
-def test_push_says_what_is_in_the_way(lsag, checkpoint, tmp_path):
+def test_push_says_what_is_in_the_way(lsag_afresh, checkpoint, tmp_path):
     save_checkpoint(tmp_path / "a.pt", checkpoint)
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path / "hf")}
-    assert_refused(lsag("push", "a.pt", "org/name", env=nowhere), 4, "org/name could not be written on the hub")
+    assert_refused(lsag_afresh("push", "a.pt", "org/name", env=nowhere), 4, "org/name could not be written on the hub")
     for name in ("no name!", "", "a/b/c", "../x"):
-        assert_refused(lsag("push", "a.pt", name, env=nowhere), 2, "is not a name on the hub")
-    assert_refused(lsag("push", "absent.pt", "org/name", env=nowhere), 3, "absent.pt")
+        assert_refused(lsag_afresh("push", "a.pt", name, env=nowhere), 2, "is not a name on the hub")
+    assert_refused(lsag_afresh("push", "absent.pt", "org/name", env=nowhere), 3, "absent.pt")
 
 
 def test_push_uploads(checkpoint, tmp_path, monkeypatch):

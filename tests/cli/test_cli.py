@@ -21,19 +21,14 @@ from lsag.checkpoint import random_checkpoint, save_checkpoint
 from lsag.presets import preset_names
 from lsag_cli.app import app
 from tests.conftest import ROOT, TINY, assert_refused
+from tests.processes import Spawned
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(server, tmp_path_factory):
     """A run folder of a tiny training, made by the command line."""
     folder = tmp_path_factory.mktemp("trained")
-    done = subprocess.run(
-        [sys.executable, "-m", "lsag_cli", "train", *TINY, "--out", "runs/first"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    done = server.start(["train", *TINY, "--out", "runs/first"], folder).completed()
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -353,7 +348,7 @@ def test_debug_shows_the_traceback(lsag):
     assert "Traceback" in lsag("eval", "absent.pt", env={"LSAG_DEBUG": "1"}).stderr
 
 
-def test_a_bug_is_reported_as_one(lsag, tmp_path):
+def test_a_bug_is_reported_with_a_log_of_its_traceback(lsag, tmp_path):
     code = (
         "import sys, lsag_cli.flops as f\nsys.argv = ['lsag', 'flops']\n"
         "def broken(*a, **b): raise ZeroDivisionError('oops')\nf.read_preset = broken\n"
@@ -372,19 +367,13 @@ def test_a_bug_is_reported_as_one(lsag, tmp_path):
 
 
 def test_interrupting_says_what_is_kept(tmp_path):
-    training = subprocess.Popen(
-        [sys.executable, "-m", "lsag_cli", "train", *TINY, "--epochs", "500", "--out", "run"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    training = Spawned(["train", *TINY, "--epochs", "500", "--out", "run"], tmp_path)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/best.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    training.send_signal(signal.SIGINT)
-    _, errors = training.communicate(timeout=60)
-    assert training.returncode == 130
+    os.kill(training.pid, signal.SIGINT)
+    assert training.wait(60) == 130
+    errors = training.stderr
     said = re.search(r"interrupted; step (\d+) is saved in run — resume with: lsag train --resume run\n$", errors)
     assert said and load_checkpoint(tmp_path / f"run/step-{int(said[1]):010d}.pt").epoch >= 1
     assert "Traceback" not in errors
@@ -444,12 +433,13 @@ def test_help_names_the_defaults(lsag):
         assert words in shown
 
 
-def test_ascii_terminals_are_served(lsag):
-    done = lsag("eval", "absent.pt", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+def test_ascii_terminals_are_served(lsag_afresh):
+    done = lsag_afresh("eval", "absent.pt", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
     assert done.returncode == 3 and done.stderr.isascii()
-    assert lsag("flops", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}).returncode == 0
+    assert lsag_afresh("flops", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}).returncode == 0
 
 
+@pytest.mark.slow
 def test_presets_travel_in_the_wheel(tmp_path):
     pip = [sys.executable, "-m", "pip"]
     subprocess.run(

@@ -33,7 +33,8 @@ def test_images_are_prepared_alike(name, size):
     assert np.array_equal(client.prepare(image, rule), ours)
 
 
-def test_it_predicts_what_eval_predicts_on_a_thousand_photographs(tmp_path):
+@pytest.mark.slow
+def test_the_client_predicts_what_eval_predicts_on_a_thousand_photographs(tmp_path):
     """Of CIFAR-10 (JPEG). The weights are random: what is shown is that the two agree, not how good they are."""
     archive, counts = shared("data/cifar10-jpeg.tar.xz"), {}
     with tarfile.open(fileobj=io.BytesIO(archive.read_bytes())) as files:

@@ -1,12 +1,12 @@
 """A small run with all randomness on, and what it gives when nobody disturbs it."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.driver import PRESET, STEPS, Server, Spawned, make_data, result
+from tests.faults.driver import PRESET, STEPS, make_data, result
+from tests.processes import Server, Spawned
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,13 +25,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
-
-
 @pytest.fixture
 def arguments(material: Path) -> list[str]:
     """The run, to be begun or continued in ./run: two slices of accumulation, no workers."""
@@ -45,7 +38,7 @@ def undisturbed(server: Server, material: Path, tmp_path_factory: pytest.TempPat
     """The result of one process with --accum 2 that nobody disturbs."""
     cwd = tmp_path_factory.mktemp("undisturbed")
     base = ["train", "--preset", str(material / "small.toml"), "--data-dir", str(material / "data"), "--out", "run"]
-    run = server.start([*base, "--device", "cpu", "--accum", "2", "--workers", "0"], cwd, {})
+    run = server.start([*base, "--device", "cpu", "--accum", "2", "--workers", "0"], cwd)
     assert run.wait() == 0, run.stderr
     found = result(cwd / "run")
     assert len(found["steps"]) == STEPS  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from lsag import load_checkpoint
-from tests.faults.driver import Spawned, assert_same, gone, result, steps_logged, wait_for_step
+from tests.faults.driver import assert_same, result, steps_logged, wait_for_step
+from tests.processes import Spawned, gone
 
 
 def checkpoints_are_whole(out):
@@ -22,7 +23,7 @@ def kill_and_resume(server, arguments, cwd, seed):
     """Kill a run after random times, over and over, until it gets to its end; gives the number of kills."""
     moments, kills = random.Random(seed), 0
     while True:
-        run = server.start([*arguments, "--accum", "2"], cwd, {})
+        run = server.start([*arguments, "--accum", "2"], cwd)
         # Short lives mostly, so that a run dies often, and long ones so that it gets on.
         time.sleep(moments.uniform(0.05, 3.0 if kills % 3 else 1.0))
         with contextlib.suppress(ProcessLookupError):
@@ -37,6 +38,7 @@ def kill_and_resume(server, arguments, cwd, seed):
             assert len(list((cwd / "run").iterdir())) < 14
 
 
+@pytest.mark.faults
 def test_killed_at_random(server, arguments, undisturbed, tmp_path):
     kills = kill_and_resume(server, arguments, tmp_path, seed=1)
     assert kills >= 1
@@ -71,21 +73,21 @@ POINTS = [
     "after_rename:6",
     "mid_prune:3",
 ]
-SAMPLE = {"before_rename:6", "after_rename:6", "mid_prune:3"}
 
 
 def sampled(points, sample):
     """All of the points, of which only the sample runs by default."""
-    return [point if point in sample else pytest.param(point, marks=pytest.mark.faults) for point in points]
+    each = [(point, point if isinstance(point, tuple) else (point,)) for point in points]
+    return [pytest.param(*values, marks=() if point in sample else pytest.mark.faults) for point, values in each]
 
 
-@pytest.mark.parametrize("point", sampled(POINTS, SAMPLE))
+@pytest.mark.parametrize("point", sampled(POINTS, {"before_rename:6"}))
 def test_killed_at_a_point(server, arguments, undisturbed, tmp_path, point):
     accum = ["--accum", "2"]
     run = server.start([*arguments, *accum], tmp_path, {"LSAG_FAILPOINT": f"{point}:kill"})
     assert run.wait() == -signal.SIGKILL, f"{point} was not reached: {run.stderr}"
     assert checkpoints_are_whole(tmp_path / "run") >= 1
-    run = server.start([*arguments, *accum], tmp_path, {})
+    run = server.start([*arguments, *accum], tmp_path)
     assert run.wait() == 0, run.stderr
     assert "resumed after step" in run.stderr
     assert not list((tmp_path / "run").glob(".step*"))  # what the interrupted write left is gone
@@ -113,6 +115,7 @@ def kill_one_of_four(arguments, cwd, step, victim):
     return run.stderr
 
 
+@pytest.mark.faults
 def test_killed_rank_of_four(arguments, undisturbed_4, tmp_path):
     said = kill_one_of_four(arguments, tmp_path, 55, victim=2)
     lines = [line for line in said.splitlines() if "error" in line]
@@ -136,7 +139,7 @@ def test_killed_ten_times_with_four_ranks(arguments, undisturbed_4, tmp_path):
 
 
 @pytest.mark.faults
-def test_restarts_resume_by_themselves(arguments, undisturbed_4, tmp_path):
+def test_restarts_resume_automatically(arguments, undisturbed_4, tmp_path):
     run = Spawned([*arguments, *FOUR, "--max-restarts", "2"], tmp_path)
     for step, victim in ((30, 1), (70, 0)):
         wait_for_step(tmp_path / "run", step)
@@ -157,7 +160,7 @@ def test_a_rank_that_stands_still_is_named(arguments, tmp_path):
 
 
 def test_only_one_run_at_a_time(server, arguments, tmp_path):
-    first = server.start([*arguments, "--epochs", "5000"], tmp_path, {})
+    first = server.start([*arguments, "--epochs", "5000"], tmp_path)
     wait_for_step(tmp_path / "run", 3)
     (tmp_path / "second").mkdir()
     second = Spawned([*arguments[:-7], str(tmp_path / "run"), *arguments[-6:]], tmp_path / "second")

@@ -8,16 +8,18 @@ import signal
 import pytest
 
 from lsag import load_checkpoint
-from tests.faults.driver import STEPS, Spawned, children, result, wait_for_step
+from tests.faults.driver import STEPS, result, wait_for_step
+from tests.processes import Spawned, children
 
 
 def rows(out):
     return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.faults
 def test_four_ranks_learn_what_one_that_accumulates_learns(server, arguments, undisturbed_4, tmp_path):
     """The same slices with the same random draws: only the order of floating-point sums differs."""
-    run = server.start([*arguments, "--accum", "8"], tmp_path, {})
+    run = server.start([*arguments, "--accum", "8"], tmp_path)
     assert run.wait() == 0, run.stderr
     for ours, theirs in zip(rows(tmp_path / "run"), undisturbed_4["steps"], strict=True):
         assert ours["lr"] == theirs["lr"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
@@ -26,7 +28,7 @@ def test_four_ranks_learn_what_one_that_accumulates_learns(server, arguments, un
 
 
 @pytest.mark.faults
-def test_a_run_may_go_on_with_other_ranks(server, arguments, undisturbed_4, tmp_path):
+def test_a_run_resumes_with_another_number_of_ranks(server, arguments, undisturbed_4, tmp_path):
     run = server.start([*arguments, "--accum", "8"], tmp_path, {"LSAG_FAILPOINT": "fetch:400:term"})
     assert run.wait() == 143, run.stderr
     run = Spawned([*arguments, "--procs", "2", "--accum", "4"], tmp_path)

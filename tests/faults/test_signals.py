@@ -3,19 +3,20 @@
 import os
 import signal
 import time
+from itertools import product
 
 import pytest
 
 from lsag import load_checkpoint
-from tests.faults.driver import Spawned, alive, assert_same, gone, result, steps_logged, wait_for_step
+from tests.faults.driver import assert_same, result, steps_logged, wait_for_step
 from tests.faults.test_kill import POINTS, sampled
+from tests.processes import Spawned, alive, gone
 
 ACCUM = ["--accum", "2"]
 SLOW = ["--save-minutes", "5"]
 
 
-@pytest.mark.parametrize("kind", ["term", "int"])
-@pytest.mark.parametrize("point", sampled(POINTS, {"fetch:50", "in_eval:2", "after_forward:85"}))
+@pytest.mark.parametrize(("point", "kind"), sampled(product(POINTS, ["term", "int"]), {("after_forward:85", "term")}))
 def test_stopped_in_every_phase(server, arguments, undisturbed, tmp_path, point, kind):
     run = server.start([*arguments, *ACCUM], tmp_path, {"LSAG_FAILPOINT": f"{point}:{kind}"})
     start = time.monotonic()
@@ -28,14 +29,14 @@ def test_stopped_in_every_phase(server, arguments, undisturbed, tmp_path, point,
     said = f"lsag: error: {cause}; step {done} is saved in run — resume with: lsag train --resume run"
     assert last.startswith(said) and "--accum 2 --save-minutes 0.003" in last
     assert load_checkpoint(tmp_path / f"run/step-{done:010d}.pt").training["step"] == done
-    run = server.start([*arguments, *ACCUM], tmp_path, {})
+    run = server.start([*arguments, *ACCUM], tmp_path)
     assert run.wait() == 0, run.stderr
     assert_same(result(tmp_path / "run"), undisturbed)
 
 
 def test_usr1_saves_and_hup_stops(server, arguments, undisturbed, tmp_path):
     # Without a timed save, so that what appears was asked for.
-    run = server.start([*arguments, *ACCUM, *SLOW], tmp_path, {})
+    run = server.start([*arguments, *ACCUM, *SLOW], tmp_path)
     wait_for_step(tmp_path / "run", 20)
     os.kill(run.pid, signal.SIGUSR1)
     end = time.monotonic() + 10
@@ -49,7 +50,7 @@ def test_usr1_saves_and_hup_stops(server, arguments, undisturbed, tmp_path):
     assert time.monotonic() - start < 10
     # Nothing orders two signals that come at once.
     assert "is saved in run" in run.stderr and ("stopped by SIGHUP" in run.stderr or "stopped by SIGTERM" in run.stderr)
-    run = server.start([*arguments, *ACCUM], tmp_path, {})
+    run = server.start([*arguments, *ACCUM], tmp_path)
     assert run.wait() == 0, run.stderr
     assert_same(result(tmp_path / "run"), undisturbed)
 
@@ -68,7 +69,7 @@ def test_a_second_interrupt_leaves_at_once(server, arguments, tmp_path):
 
 
 @pytest.mark.faults
-def test_in_the_first_seconds(arguments, tmp_path):
+def test_a_signal_in_the_first_seconds_ends_the_command(arguments, tmp_path):
     """While Python, torch and the data are loaded there is nothing to save, and nothing to wait for."""
     for index, delay in enumerate((0.4, 0.8, 1.5, 2.5, 4)):
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -92,9 +93,8 @@ LAUNCHED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("to", "number", "code"), [LAUNCHED[0], *(pytest.param(*case, marks=pytest.mark.faults) for case in LAUNCHED[1:])]
-)
+@pytest.mark.faults
+@pytest.mark.parametrize(("to", "number", "code"), LAUNCHED)
 def test_stopping_several_processes(arguments, tmp_path, to, number, code):
     run = Spawned([*arguments, *SLOW, "--procs", "2", "--epochs", "5000"], tmp_path)  # it does not end by itself
     wait_for_step(tmp_path / "run", 45)

@@ -1,4 +1,5 @@
 import json
+from itertools import product
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from lsag.errors import CheckError, UsageError
 from lsag.inference.export import checked_batches, export_onnx, made_up_images
 from lsag.inference.providers import OPSETS
 from lsag.inference.session import Session
-from lsag.presets import preset_names
+from lsag.presets import preset_names, preset_paths
 from tests.conftest import ABLATIONS, randomise, small_config
 
 
@@ -56,8 +57,10 @@ def test_the_file_stands_alone_and_describes_itself(exported):
     "changes",
     [
         {"image_size": 28, "patch_kernel": 9, "patch_stride": 7, "patch_padding": 1, "shift_mode": "extend"},
-        {"image_size": 16, "patch_kernel": 4, "patch_stride": 4, "patch_padding": 0},
-        {},
+        pytest.param(
+            {"image_size": 16, "patch_kernel": 4, "patch_stride": 4, "patch_padding": 0}, marks=pytest.mark.slow
+        ),
+        pytest.param({}, marks=pytest.mark.slow),
     ],
     ids=["extended", "strided", "grouped heads"],
 )
@@ -69,7 +72,9 @@ def test_other_shapes_export_too(tmp_path, changes):
     assert export_onnx(checkpoint, tmp_path / "a.onnx").max_difference < 1e-4
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("c", "ii") else pytest.param(name, marks=pytest.mark.slow) for name in ABLATIONS]
+)
 def test_ablations_export(tmp_path, name):
     preset = load_preset("cifar-nano").model_copy(update={"model": small_config(**ABLATIONS[name])})
     checkpoint = random_checkpoint(preset)
@@ -153,17 +158,18 @@ REDUCED = {
 }
 
 
-@pytest.mark.parametrize("opset", OPSETS)
-@pytest.mark.parametrize(("name", "changes"), [("cifar-tiny", {}), ("in1k-small", REDUCED)])
-def test_models_of_table_2_export(tmp_path, name, changes, opset, monkeypatch):
+@pytest.mark.parametrize("opset", [20, pytest.param(23, marks=pytest.mark.slow)])
+def test_a_narrow_model_of_table_2_exports(tmp_path, opset, monkeypatch):
     monkeypatch.setattr("lsag.inference.export.CHECKED_BATCHES", (1, 2, 5))
-    done = export_onnx(random_checkpoint(load_preset(name, changes)), tmp_path / "a.onnx", opset=opset)
+    done = export_onnx(random_checkpoint(load_preset("in1k-small", REDUCED)), tmp_path / "a.onnx", opset=opset)
     assert done.max_difference < 1e-4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opset", OPSETS)
-@pytest.mark.parametrize("name", preset_names())
-def test_presets_export(tmp_path, name, opset):
+@pytest.mark.parametrize(
+    ("name", "opset"),
+    [*product(preset_paths(), OPSETS), *((name, 20) for name in preset_names() if name not in preset_paths())],
+)
+def test_presets_export_at_full_size(tmp_path, name, opset):
     done = export_onnx(random_checkpoint(load_preset(name)), tmp_path / "a.onnx", opset=opset)
     assert done.max_difference < 1e-4 and done.opset == opset

@@ -23,8 +23,7 @@ from lsag.training.loop import train
 from lsag.training.optim import make_optimizer, moving_average
 from lsag.training.options import TrainOptions
 from lsag_cli.app import app
-from tests.conftest import ROOT, assert_refused
-from tests.training.test_resume import assert_equal, changed, losses, run, stop_after, weights
+from tests.conftest import ROOT, assert_equal, assert_refused, changed, losses, run, stop_after, weights
 
 SWIN = "swin_tiny_patch4_window7_224,patch_size=1,window_size=4,embed_dim=12,depths=(2,1),num_heads=(2,2)"
 DEIT = "deit_tiny_patch16_224,patch_size=4,depth=2,embed_dim=24"
@@ -159,7 +158,7 @@ def test_explain_is_for_lsag():
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_continued_run_has_its_running_statistics(tmp_path, preset, ema):
+def test_a_resumed_run_has_its_running_statistics(tmp_path, preset, ema):
     preset = changed(preset, {"train.ema_decay": ema})
     run(preset, tmp_path / "whole")
     stop_after(preset, tmp_path / "parts", 22)
@@ -204,7 +203,8 @@ def test_the_throw_away_steps_leave_no_statistics(tmp_path, preset):
     assert_equal(before, dict(model.named_buffers()))
 
 
-@pytest.mark.parametrize("ema", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_ranks_evaluate_with_the_same_statistics(lsag, tmp_path, ema):
     """What two ranks measure together is what the checkpoint gives alone: it holds the statistics of the first."""
     command = "train --model timm:test_resnet --device cpu --procs 2 --epochs 1 --out run --workers 0"

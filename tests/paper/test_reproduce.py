@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -18,6 +17,7 @@ from lsag.model.build import build_model, count_model
 from lsag.paper.reproduce import Run, execute, markdown, plan, summarise
 from lsag.paper.tables import TABLES
 from tests.conftest import ROOT, assert_refused
+from tests.processes import Spawned
 
 SMALL = {"dataset": None, "overrides": {}}
 NANO_ROWS = [(table, row) for table in (3, 5, 6) for row in TABLES[table] if row.nano]
@@ -211,6 +211,7 @@ TINY_RUN = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_table_from_the_command_line(lsag, folder):
     """Trained once; the second time only looked up, and with another seed only that one is trained."""
     done = lsag("reproduce", "--table", 5, "--rows", "a,FULL", *TINY_RUN, "--data-dir", folder, cwd=folder)
@@ -233,18 +234,17 @@ def test_a_table_from_the_command_line(lsag, folder):
     assert [len(row["top1"]) for row in rows] == [0, 2, 0, 0, 0, 0, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_trainings_which_go_on_later(lsag, folder, number):
     arguments = ["reproduce", "--table=6", "--rows=I", *TINY_RUN, f"--data-dir={folder}"]
     arguments[arguments.index("--epochs=1")] = "--epochs=2000"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lsag_cli", *arguments], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    process = Spawned(arguments, folder)
     metrics = folder / "out/cifar-nano-i/seed-0/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
+    os.kill(process.pid, number)
     assert process.wait(60) == 143
     log = (folder / "out/cifar-nano-i/seed-0.log").read_text()
     assert "is saved in" in log and "Traceback" not in log

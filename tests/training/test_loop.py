@@ -16,15 +16,7 @@ from lsag.training.events import Epoch, Started, Step
 from lsag.training.loop import train
 from lsag.training.options import TrainOptions
 from lsag.training.step import make_mixup
-from tests.conftest import ABLATIONS, small_config
-
-
-def run(preset, out, **options):
-    return list(train(preset, TrainOptions(data_dir=out.parent, out=out, device="cpu", **options)))
-
-
-def newest(out):
-    return max(out.glob("step-*.pt"))
+from tests.conftest import ABLATIONS, newest, run, small_config
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,49 +15,46 @@ from lsag.checkpoint import random_checkpoint, save_checkpoint
 from lsag.data.loading import EpochBatches, batches, train_loader
 from lsag.data.sources import open_split
 from lsag.errors import CheckError, InputError, OutputError, UsageError
-from lsag.training.events import Epoch, Finished, Started
-from lsag.training.loop import train
-from lsag.training.options import TrainOptions
-from tests.conftest import ROOT, TINY, assert_refused, images
+from lsag.training.events import Epoch, Finished
+from tests.conftest import (
+    TINY,
+    assert_equal,
+    assert_refused,
+    changed,
+    images,
+    losses,
+    newest,
+    run,
+    stop_after,
+    weights,
+)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def preset(tiny_preset):
     changes = {"train.epochs": 2, "augment.cutmix": 1.0, "augment.mixup": 0.8, "model.drop_path": 0.2}
     return changed(tiny_preset, changes)
 
 
-def changed(preset, changes):
-    values = json.loads(preset.model_dump_json())
-    for key, value in changes.items():
-        section, name = key.split(".")
-        values[section][name] = value
-    return type(preset).model_validate(values)
+@pytest.fixture(scope="module")
+def whole(preset, tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(preset, folder)
+    return folder
 
 
-def run(preset, out, **options):
-    return list(train(preset, TrainOptions(data_dir=out.parent, out=out, device="cpu", **options)))
+@pytest.fixture(scope="module")
+def stopped_once(preset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    stop_after(preset, folder, 5)
+    return folder
 
 
-def stop_after(preset, out, steps, **options):
-    """Run until so many steps are reported, and abandon it there without a word, as a kill does."""
-    going = train(preset, TrainOptions(data_dir=out.parent, out=out, device="cpu", save_minutes=0, **options))
-    for event in going:
-        if not isinstance(event, Started) and event.step >= steps:
-            break
-    going.close()
-
-
-def weights(out):
-    return load_checkpoint(max(out.glob("step-*.pt"))).model.state_dict()
-
-
-def losses(out):
-    return [json.loads(line)["loss"] for line in (out / "steps.jsonl").read_text().splitlines()]
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """The folder of a run that was killed in its first epoch."""
+    return shutil.copytree(stopped_once, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +67,7 @@ def assert_equal(a, b):
         pytest.param({"precision": "bf16", "recompute": "all"}, 0.0, marks=pytest.mark.slow),
     ],
 )
-def test_a_continued_run_equals_an_uninterrupted_one(tmp_path, preset, options, ema):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, preset, options, ema):
     preset = changed(preset, {"train.ema_decay": ema})
     run(preset, tmp_path / "whole", **options)
     stop_after(preset, tmp_path / "parts", 22, **options)
@@ -82,7 +80,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(tmp_path, preset, options, 
 
 
 @pytest.mark.slow
-def test_a_continued_run_goes_on_with_what_batch_norm_counted(tmp_path, preset):
+def test_a_resumed_run_keeps_the_statistics_of_batch_norm(tmp_path, preset):
     changes = {"shifts": ((0, 0),), "local": "cvt", "patch_stride": 2, "patch_kernel": 4, "patch_padding": 1}
     preset = preset.model_copy(update={"model": preset.model.model_copy(update=changes)})
     run(preset, tmp_path / "whole")
@@ -101,8 +99,7 @@ def test_half_precision_changes_little(tmp_path, preset):
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "c"), rel=0.02)
 
 
-def test_no_generator_s_state_is_consulted(tmp_path, preset):
-    run(preset, tmp_path / "whole")
+def test_resuming_depends_on_no_global_random_state(tmp_path, preset, whole):
     stop_after(preset, tmp_path / "parts", 5)
     import random
 
@@ -111,13 +108,13 @@ def test_no_generator_s_state_is_consulted(tmp_path, preset):
     for poison in (random.seed, np.random.seed, torch.manual_seed):
         poison(12345)
     run(preset, tmp_path / "parts", resume=True)
-    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert_equal(weights(whole), weights(tmp_path / "parts"))
 
 
-def test_the_moving_average_is_what_is_kept(tmp_path, preset):
+def test_checkpoints_hold_the_moving_average(tmp_path, preset):
     preset = changed(preset, {"train.ema_decay": 0.9, "train.epochs": 1})
     run(preset, tmp_path / "run")
-    saved = load_checkpoint(max((tmp_path / "run").glob("step-*.pt")))
+    saved = load_checkpoint(newest(tmp_path / "run"))
     raw, average = saved.training["weights"], saved.model.state_dict()
     assert any(not torch.equal(raw[key], average[key]) for key in raw)
     assert saved.training["ema_updates"] == 22
@@ -152,71 +149,65 @@ def test_a_batch_that_cannot_be_cut_names_the_nearest(preset):
         preset.slice_size(64)
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, preset, caplog):
-    run(preset, tmp_path / "whole")
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, preset, whole, caplog):
     stop_after(preset, tmp_path / "run", 30)
-    newest = max((tmp_path / "run").glob("step-*.pt"))
-    data = bytearray(newest.read_bytes())
+    checkpoint = newest(tmp_path / "run")
+    data = bytearray(checkpoint.read_bytes())
     data[len(data) // 2] ^= 1
-    newest.write_bytes(data)
+    checkpoint.write_bytes(data)
     with caplog.at_level(logging.WARNING):
         events = run(preset, tmp_path / "run", resume=True)
     assert len(caplog.messages) == 1 and "truncated or damaged" in caplog.messages[0]
-    assert newest.with_suffix(".pt.corrupt").read_bytes() == data
-    assert f"step-{events[0].first_step:010d}.pt" != newest.name
-    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    assert checkpoint.with_suffix(".pt.corrupt").read_bytes() == data
+    assert f"step-{events[0].first_step:010d}.pt" != checkpoint.name
+    assert_equal(weights(whole), weights(tmp_path / "run"))
     for path in (tmp_path / "run").glob("step-*.pt"):
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match="none of the 3 checkpoints"):
         run(preset, tmp_path / "run", resume=True)
 
 
-def test_a_checkpoint_of_the_future_is_not_called_damaged(tmp_path, preset):
-    stop_after(preset, tmp_path / "run", 5)
-    newest = max((tmp_path / "run").glob("step-*.pt"))
-    contents = torch.load(newest)
-    torch.save({**contents, "format": 2}, newest)
+def test_a_checkpoint_of_the_future_is_not_called_damaged(preset, stopped):
+    checkpoint = newest(stopped)
+    torch.save({**torch.load(checkpoint), "format": 2}, checkpoint)
     with pytest.raises(InputError, match=r"format 2, this lsag reads 1 — upgrade lsag"):
-        run(preset, tmp_path / "run", resume=True)
-    assert newest.exists()
+        run(preset, stopped, resume=True)
+    assert checkpoint.exists()
 
 
-def test_torn_logs_are_mended(tmp_path, preset):
-    run(preset, tmp_path / "whole")
+def test_torn_logs_are_repaired(tmp_path, preset, whole):
     stop_after(preset, tmp_path / "run", 30)
     with (tmp_path / "run/steps.jsonl").open("a") as log:
         log.write('{"step": 9999, "loss": 1.0}\n{"step": 10000, "lo')
     run(preset, tmp_path / "run", resume=True)
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(whole)
 
 
-def test_another_run_is_not_gone_on_with(tmp_path, preset):
-    stop_after(preset, tmp_path / "run", 5)
+def test_resuming_with_other_settings_is_refused(tmp_path, preset, stopped):
     with pytest.raises(OutputError, match=r"holds a run — resume it with --resume"):
-        run(preset, tmp_path / "run")
+        run(preset, stopped)
     slower = changed(preset, {"train.lr": 1e-3, "train.weight_decay": 0.1})
     with pytest.raises(UsageError, match=r"another train.lr, train.weight_decay — .*--allow-change train.lr"):
-        run(slower, tmp_path / "run", resume=True)
+        run(slower, stopped, resume=True)
     with pytest.raises(UsageError, match=r"another model.drop_path — resume with the original settings$"):
-        run(changed(preset, {"model.drop_path": 0.3}), tmp_path / "run", resume=True)
+        run(changed(preset, {"model.drop_path": 0.3}), stopped, resume=True)
     with pytest.raises(UsageError, match="lies outside its epoch"):
         stop_after(preset, tmp_path / "late", 25)
         smaller = changed(preset, {"train.batch_size": 32})
         run(smaller, tmp_path / "late", resume=True, allow_change=["train.batch_size"])
     with pytest.raises(UsageError, match=r"--allow-change train.lrr: no such setting"):
-        run(slower, tmp_path / "run", resume=True, allow_change=["train.lrr"])
-    events = run(slower, tmp_path / "run", resume=True, allow_change=["train.lr", "train.weight_decay"])
+        run(slower, stopped, resume=True, allow_change=["train.lrr"])
+    events = run(slower, stopped, resume=True, allow_change=["train.lr", "train.weight_decay"])
     assert isinstance(events[-1], Finished)
 
 
-def test_other_images_are_another_run(tmp_path, preset, monkeypatch):
-    stop_after(preset, tmp_path / "run", 5)
+def test_resuming_on_other_images_is_refused(preset, stopped, monkeypatch):
     import lsag.data.sources
 
     monkeypatch.setattr(lsag.data.sources.ArraySource, "fingerprint", lambda self: "other")
     with pytest.raises(UsageError, match="run on other images"):
-        run(preset, tmp_path / "run", resume=True)
-    run(preset, tmp_path / "run", resume=True, allow_change=["data"])
+        run(preset, stopped, resume=True)
+    run(preset, stopped, resume=True, allow_change=["data"])
 
 
 def test_what_a_run_leaves_before_its_first_checkpoint_is_no_obstacle(tmp_path, preset):
@@ -242,7 +233,7 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, preset, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_in_place(tmp_path, preset):
+def test_a_compiled_model_learns_the_same_and_keeps_its_names(tmp_path, preset):
     preset = changed(preset, {"train.epochs": 1})
     run(preset, tmp_path / "plain")
     run(preset, tmp_path / "compiled", compile=True)
@@ -328,8 +319,9 @@ for size in (1, 2, 3, 4):
 """
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_evaluates_alike(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run([sys.executable, "-c", RANKS], cwd=tmp_path, env=environment, check=True, timeout=120)
     results = {path.name: path.read_text().split("|") for path in tmp_path.glob("rank-*")}
     assert len(results) == 10 and len({figures for figures, _ in results.values()}) == 1
@@ -356,7 +348,7 @@ def test_any_number_of_ranks_evaluates_alike(tmp_path):
         (["--accum", "5"], 2, ["cannot be cut into 5"]),
     ],
 )
-def test_refusals(lsag, arguments, code, words):
+def test_wrong_uses_of_train_are_refused(lsag, arguments, code, words):
     assert_refused(lsag("train", *arguments), code, *words)
 
 
@@ -406,41 +398,36 @@ def test_tensorboard_gets_the_figures_of_the_log(lsag, tmp_path):
         ("weights", {}),
     ],
 )
-def test_a_state_that_makes_no_sense_is_refused(tmp_path, preset, key, value):
-    stop_after(preset, tmp_path / "run", 5)
-    newest = max((tmp_path / "run").glob("step-*.pt"))
-    contents = torch.load(newest)
+def test_a_state_that_makes_no_sense_is_refused(preset, stopped, key, value):
+    contents = torch.load(newest(stopped))
     contents["training"][key] = value
-    torch.save(contents, newest)
+    torch.save(contents, newest(stopped))
     with pytest.raises(InputError, match="cannot be resumed"):
-        run(preset, tmp_path / "run", resume=True)
+        run(preset, stopped, resume=True)
 
 
-def test_a_checkpoint_under_another_s_name_is_passed_over(tmp_path, preset, caplog):
-    stop_after(preset, tmp_path / "run", 5)
-    min((tmp_path / "run").glob("step-*.pt")).rename(tmp_path / "run/step-0000009999.pt")
-    events = run(preset, tmp_path / "run", resume=True)
+def test_a_checkpoint_under_another_s_name_is_passed_over(preset, stopped, caplog):
+    min(stopped.glob("step-*.pt")).rename(stopped / "step-0000009999.pt")
+    events = run(preset, stopped, resume=True)
     assert "holds another step than its name says" in caplog.text and events[0].first_step < 100
 
 
-def test_logs_that_are_no_files_are_refused(tmp_path, preset):
-    stop_after(preset, tmp_path / "run", 5)
-    (tmp_path / "run/metrics.jsonl").unlink()
-    os.mkfifo(tmp_path / "run/metrics.jsonl")
+def test_logs_that_are_no_files_are_refused(preset, stopped):
+    (stopped / "metrics.jsonl").unlink()
+    os.mkfifo(stopped / "metrics.jsonl")
     with pytest.raises(OutputError, match="not a regular file"):
-        run(preset, tmp_path / "run", resume=True)
+        run(preset, stopped, resume=True)
 
 
-def test_logs_that_are_no_logs_are_begun_anew(tmp_path, preset):
-    stop_after(preset, tmp_path / "run", 5)
-    (tmp_path / "run/metrics.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"epoch": "a"}\n{"step": 3}\n')
-    (tmp_path / "run/steps.jsonl").write_bytes(b'\x00\x00\n{"step": "a"}\n{"epoch": 1}\n')
-    run(preset, tmp_path / "run", resume=True)
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
-    assert len(losses(tmp_path / "run")) > 20
+def test_logs_that_cannot_be_read_are_started_afresh(preset, stopped):
+    (stopped / "metrics.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"epoch": "a"}\n{"step": 3}\n')
+    (stopped / "steps.jsonl").write_bytes(b'\x00\x00\n{"step": "a"}\n{"epoch": 1}\n')
+    run(preset, stopped, resume=True)
+    assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(losses(stopped)) > 20
 
 
-def test_nonsense_in_the_environment(lsag):
+def test_nonsense_in_the_environment_is_refused(lsag):
     assert_refused(lsag("train", env={"SLURM_STEP_NUM_TASKS": "x"}), 2, "SLURM_STEP_NUM_TASKS")
     assert_refused(lsag("train", env={"LSAG_FAILPOINT": "garbage"}), 2, "name:count:kind")
     assert_refused(lsag("train", "--gpus", "9" * 30), 4, "found")
@@ -450,6 +437,7 @@ def test_nonsense_in_the_environment(lsag):
     assert_refused(lsag("train", env=world | inherited), 7, "unset LSAG_LAUNCHER")
 
 
+@pytest.mark.slow
 def test_ranks_train_into_a_folder_below_another(lsag, tmp_path):
     """The launcher makes a folder named after the run, in which a path would be one more folder."""
     done = lsag("train", *TINY, "--device", "cpu", "--procs", "2", "--workers", "0", "--out", tmp_path / "deep/run")

@@ -1,0 +1,247 @@
+"""Commands in processes of their own: forked from one that has imported everything, or started as a user starts them.
+
+A forked command starts in tenths of a second instead of seconds. It is a process like any other: it has its own folder,
+environment, signals, streams and exit code. Only what Python and its libraries decide while they are loaded is shared.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import pkgutil
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SLOW_IMPORTS = (
+    "torch.export",
+    "torch.onnx",
+    "torch.distributed.elastic.multiprocessing.api",
+    "onnxruntime",
+    "onnxscript",
+    "timm.data",
+    "torchvision.datasets",
+    "sklearn.datasets",
+    "matplotlib.pyplot",
+    "PIL.PngImagePlugin",
+)
+
+
+def serve() -> None:
+    """Fork a command for each line of stdin; its process number and then its exit code go to the pipe named there.
+
+    Nothing is computed here: a process whose OpenMP threads have started cannot be forked.
+    """
+    import lsag
+    import lsag_cli
+
+    for package in (lsag, lsag_cli):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+    for name in SLOW_IMPORTS:
+        importlib.import_module(name)
+    print("ready", flush=True)
+    signal.signal(signal.SIGCHLD, _reap)
+    for line in sys.stdin:
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            job = json.loads(line)
+            command = os.fork()
+            if command == 0:
+                _become(job)
+            with Path(job["reply"]).open("w") as reply:
+                print(command, file=reply, flush=True)
+                print(os.waitstatus_to_exitcode(os.waitpid(command, 0)[1]), file=reply, flush=True)
+            os._exit(0)
+
+
+def _reap(*_: object) -> None:
+    """Let the processes go that waited for commands; so the time of all of them counts as that of the tests."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _become(job: dict) -> None:
+    """The command itself; ends the process."""
+    import torch
+
+    import lsag.failpoints
+    import lsag_cli.app
+
+    os.setsid()
+    os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(job["env"])
+    for descriptor, path, flags in (
+        (0, os.devnull, 0),
+        (1, job["stdout"], os.O_WRONLY),
+        (2, job["stderr"], os.O_WRONLY),
+    ):
+        os.dup2(os.open(path, flags | os.O_CREAT, 0o600), descriptor)
+    # What the environment said when these were imported.
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
+    lsag.failpoints._armed = [point for point in os.environ.get("LSAG_FAILPOINT", "").split(",") if point]
+    sys.argv = ["lsag", *job["argv"]]
+    try:
+        lsag_cli.app.main()
+    except SystemExit as end:
+        os._exit(end.code)  # type: ignore[arg-type]
+
+
+class Server:
+    """Starts commands in forked processes, any number at a time."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.processes"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "GOMP_SPINCOUNT": "10000"},  # as lsag_cli.app.main() sets it before torch is imported
+        )
+        assert self.process.stdout and self.process.stdout.readline() == "ready\n"
+
+    def start(self, argv: list[str], cwd: Path, env: Mapping[str, str] | None = None) -> "Forked":
+        return Forked(self, argv, cwd, {**os.environ, **(env or {})})
+
+    def close(self) -> None:
+        """End the server and whatever a test that failed has left behind."""
+        for process in [*descendants(self.process.pid), self.process.pid]:
+            os.kill(process, signal.SIGKILL)
+        self.process.wait(30)
+
+
+class Running:
+    """A command and what it has written so far."""
+
+    pid: int
+
+    def __init__(self, argv: list[str]) -> None:
+        self.argv = argv
+        self._folder = tempfile.TemporaryDirectory(prefix="lsag-test-", ignore_cleanup_errors=True)
+        self.folder = Path(self._folder.name)
+        for name in ("stdout", "stderr"):
+            (self.folder / name).touch()
+
+    @property
+    def stdout(self) -> str:
+        return (self.folder / "stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text()
+
+    def wait(self, timeout: float = 180) -> int:
+        """The exit code, negative for a signal."""
+        raise NotImplementedError
+
+    def completed(self) -> subprocess.CompletedProcess[str]:
+        code = self.wait()
+        return subprocess.CompletedProcess(self.argv, code, self.stdout, self.stderr)
+
+    def _kill(self) -> None:
+        for process in [*descendants(self.pid), self.pid]:
+            os.kill(process, signal.SIGKILL)
+
+
+class Forked(Running):
+    """A command that the server has forked."""
+
+    def __init__(self, server: Server, argv: list[str], cwd: Path, env: dict[str, str]) -> None:
+        super().__init__(argv)
+        streams = {name: str(self.folder / name) for name in ("stdout", "stderr", "reply")}
+        os.mkfifo(streams["reply"])
+        assert server.process.stdin
+        job = {"argv": argv, "cwd": str(cwd), "env": env, **streams}
+        print(json.dumps(job), file=server.process.stdin, flush=True)
+        self.reply = (self.folder / "reply").open()
+        self.pid = int(self.reply.readline())
+
+    def wait(self, timeout: float = 180) -> int:
+        if not select.select([self.reply], [], [], timeout)[0]:
+            self._kill()
+            raise TimeoutError(f"still running after {timeout} seconds: {self.stderr}")
+        with self.reply:
+            return int(self.reply.readline())
+
+
+class Spawned(Running):
+    """`python -m lsag_cli` as a user starts it; several processes if it launches them."""
+
+    def __init__(self, argv: list[str], cwd: Path, env: Mapping[str, str] | None = None) -> None:
+        super().__init__(argv)
+        with (self.folder / "stdout").open("w") as out, (self.folder / "stderr").open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lsag_cli", *argv],
+                cwd=cwd,
+                stdout=out,
+                stderr=err,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+            )
+        self.pid = self.process.pid
+
+    def wait(self, timeout: float = 180) -> int:
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            self._kill()
+            raise TimeoutError(f"still running after {timeout} seconds: {self.stderr}") from error
+
+    def ranks(self) -> list[int]:
+        """Process numbers of the ranks, once they all run; in the order of their rank."""
+        found = {}
+        for process in children(self.pid):
+            environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+            rank = next((int(item[5:]) for item in environment if item.startswith(b"RANK=")), None)
+            if rank is not None:
+                found[rank] = process
+        return [found[rank] for rank in sorted(found)]
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[1]) == parent and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def descendants(parent: int) -> list[int]:
+    return [one for child in children(parent) for one in (child, *descendants(child))]
+
+
+def gone(processes: list[int], within: float) -> bool:
+    """Whether none of the processes is left `within` seconds."""
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        if not any(alive(process) for process in processes):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    serve()
