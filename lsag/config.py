@@ -392,18 +392,23 @@ def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in loc)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        last = str(loc[-1])
-        near = did_you_mean(last, _fields_at(problem["loc"][:-1]))
-        if not near:
-            elsewhere = [f"{section}.{last}" for section, model in _SECTIONS.items() if last in model.model_fields]
-            near = f", did you mean '{elsewhere[0]}'?" if elsewhere and elsewhere[0] != where else ""
-            near = ", which timm models do not have" if elsewhere and not near else near
-        return f"unknown key {where}{near}"
+        return f"unknown key {where}{_suggestion(where, problem['loc'])}"
     if problem["type"] == "missing":
         return f"{where} is missing"
     got = problem["input"]
     shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
     return f"{where}: {message}{shown}" if where else message
+
+
+def _suggestion(where: str, loc: tuple[Any, ...]) -> str:
+    """What may have been meant by the unknown key `where`: a key of the same section, or of another."""
+    last = str(loc[-1])
+    if near := did_you_mean(last, _fields_at(loc[:-1])):
+        return near
+    elsewhere = [f"{section}.{last}" for section, model in _SECTIONS.items() if last in model.model_fields]
+    if not elsewhere:
+        return ""
+    return f", did you mean '{elsewhere[0]}'?" if elsewhere[0] != where else ", which timm models do not have"
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {

@@ -30,12 +30,6 @@ def complete_preset(incomplete: str) -> list[str]:
     return [name for name in preset_names() if name.startswith(incomplete)]
 
 
-PresetName = Annotated[
-    str,
-    typer.Option(
-        "--preset", help="A preset's name (lsag presets) or a .toml or .json file.", autocompletion=complete_preset
-    ),
-]
 OptionalPreset = Annotated[
     str | None,
     typer.Option("--preset", help="A preset's name or a .toml or .json file.", autocompletion=complete_preset),

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 
+from lsag.distributed.environment import world_in_environment, world_size_here
 from lsag.distributed.launch import launch, launched
 from lsag.errors import UnavailableError, UsageError
 from lsag.runs import check_run_folder
@@ -33,14 +34,9 @@ class TrainCommand(TrainOptions):
         """These options, but those that were not `given` as the run keeps them; its devices only all together."""
         kept = self.kept_in(self.out)
         placement = {"device", "gpus", "procs"}
-        if given & placement or (foreign_world() and not launched()):
+        if given & placement or (world_in_environment() and not launched()):
             kept = {name: value for name, value in kept.items() if name not in placement}
         return self.model_copy(update={name: value for name, value in kept.items() if name not in given})
-
-
-def foreign_world() -> bool:
-    """Whether torchrun or srun started this process as one of several."""
-    return any(os.environ.get(name) for name in ("RANK", "SLURM_PROCID"))
 
 
 def place(gpus: str | None, device: str, procs: int | None) -> tuple[str, int]:
@@ -101,9 +97,6 @@ def join_or_launch(options: TrainCommand, *, processes: int, arguments: list[str
     `arguments` are added to those of this command for the ranks. UsageError if the environment makes this process one
     of several and the options ask for others.
     """
-    with loading():
-        from lsag.distributed.world import world_in_environment, world_size_here
-
     several = processes > 1 or options.nodes > 1 or options.max_restarts > 0
     # In a job of SLURM, --nodes means that one task on each node launches the others.
     world = None if options.nodes > 1 and "RANK" not in os.environ else world_in_environment()
@@ -115,6 +108,9 @@ def join_or_launch(options: TrainCommand, *, processes: int, arguments: list[str
                 raise UsageError("--max-restarts on several machines needs --resume", "add it; it also starts a run")
             check_run_folder(options.out, resume=False)
             arguments = [*arguments, "--resume"]  # starts the run, and resumes it after a restart
+        with loading():
+            import torch.distributed.launcher.api  # noqa: F401  which launch uses
+
         launch(
             [sys.executable, "-m", "lsag_cli", *sys.argv[1:], *arguments],
             processes=processes,

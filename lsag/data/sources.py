@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torchvision import datasets
 
 from lsag.config import DATASETS, check_dataset
+from lsag.data.transforms import upright
 from lsag.device import available_cores
 from lsag.errors import InputError, UnavailableError, first_line
 
@@ -153,12 +154,7 @@ def open_image(path: Path, mode: str) -> Image.Image:
                 limits = f"more than {MAX_PIXELS:,} pixels or {MAX_ASPECT} times as long as wide"
                 raise OSError(f"{image.width} x {image.height} is {limits}")
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode == "F":
-                raise OSError("floating-point pixels have no agreed range")
-            if upright.mode.startswith("I"):
-                upright = Image.fromarray((np.asarray(upright).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-            return upright.convert(mode)
+            return upright(image, mode=mode)
     except Exception as error:  # decoders raise anything on damaged files
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
         raise InputError(f"cannot read image {path}: {reason}", "repair or remove the file") from error

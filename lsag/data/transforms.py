@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ def eval_transform(preset: Preset) -> Any:
     size = preset.model.image_size
     return transforms.Compose(
         [
-            partial(_upright, mode=preset.image_mode),
+            partial(upright, mode=preset.image_mode),
             _resize(preset.data.eval_resize or size, preset.data),
             transforms.CenterCrop(size),
             transforms.PILToTensor(),
@@ -48,8 +49,17 @@ def eval_transform(preset: Preset) -> Any:
     )
 
 
-def _upright(image: Image.Image, *, mode: str) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert(mode)
+def upright(image: Image.Image, *, mode: str) -> Image.Image:
+    """The image in mode "L" or "RGB", turned as its EXIF data says; 16-bit greys are scaled, not clipped.
+
+    ValueError for floating-point pixels.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert(mode)
 
 
 def _resize(size: int, data: DataConfig) -> transforms.Resize:

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from lsag.config import Preset
 from lsag.data.loading import EpochBatches, batches, choose_workers, eval_loader, train_loader
 from lsag.data.sources import FolderSource, Source, check_classes, open_split
-from lsag.distributed.world import World, world_size_here
+from lsag.distributed.environment import world_size_here
+from lsag.distributed.world import World
 from lsag.errors import UsageError
 from lsag.training.options import TrainOptions
 

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
+from lsag import load_preset
 from lsag.data.sources import check_classes, open_image, open_split, placeholder_classes
+from lsag.data.transforms import eval_transform
 from lsag.errors import InputError, UnavailableError, UsageError
 
 
@@ -106,6 +108,9 @@ def test_sixteen_bit_ramps_are_scaled_not_clipped(tmp_path):
     ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     assert np.asarray(open_image(tmp_path / "ramp.png", "L")).ravel().tolist() == list(range(256))
+    transform = eval_transform(load_preset("digits-nano", {"model.image_size": 16, "data.eval_resize": 16}))
+    with Image.open(tmp_path / "ramp.png") as image:  # as Pillow opens it
+        assert transform(image).flatten().tolist() == list(range(256))
 
 
 def test_photographs_are_turned_upright(tmp_path):

@@ -137,7 +137,7 @@ def test_graphs_agree_with_pytorch(tmp_path, spec):
 
 
 def test_what_torch_cannot_export_is_said(tmp_path):
-    with pytest.raises(CheckError, match=r"torch cannot make a graph of .*a\.onnx was not written"):
+    with pytest.raises(CheckError, match=r"torch cannot export .*a\.onnx was not written"):
         export_onnx(random_checkpoint(cifar("test_vit_relpos")), tmp_path / "a.onnx")
 
 
@@ -155,7 +155,7 @@ def test_recomputation_is_timm_s():
 
 
 def test_explain_is_for_lsag():
-    with pytest.raises(UsageError, match=r"chooses no shifts \(it is timm's\)"):
+    with pytest.raises(UsageError, match=r"chooses no shifts \(it is a timm model\)"):
         explain(random_checkpoint(cifar("resnet10t")), None)
 
 
@@ -236,7 +236,7 @@ def test_from_training_to_a_graph(lsag, tmp_path):
     counted = lsag("flops", "--preset", "digits-nano", "--model", spec, "--json")
     (total,) = json.loads(counted.stdout)["presets"]
     assert (ours["params"], ours["macs"]) == (graph["params"], graph["macs"]) == (total["params"], total["macs"])
-    assert_refused(lsag("bench", "plain:run/best.pt", "--device", "cpu"), 2, "released formulation of LSAG")
+    assert_refused(lsag("bench", "plain:run/best.pt", "--device", "cpu"), 2, "only LSAG has a released formulation")
 
     # It goes on as itself, said again or not, and as no other.
     again = ["train", "--resume", "run", "--device", "cpu", "--workers", 0]
@@ -264,7 +264,7 @@ FIRST = "tuned/step-0000000000.pt"
         (["train", "--model", "timm:test_resnet", "--recompute", "local", "--dry-run"], ["is for LSAG only"]),
         (["train", "--model", "timm:inception_v3", "--dry-run", "--set", "model.drop_path=0.0"], ["8 x 8 pixels"]),
         (["train", "--model", "timm:test_resnet", "--set", "model.depth=3", "--dry-run"], ["unknown key model.depth"]),
-        (["flops", "--model", "timm:test_resnet"], ["--model needs --preset"]),
+        (["flops", "--model", "timm:test_resnet"], ["--model needs a --preset"]),
     ],
 )
 def test_wrong_uses_of_the_option(lsag, arguments, words):
