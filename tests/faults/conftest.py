@@ -27,7 +27,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def arguments(material: Path) -> list[str]:
-    """The run, to be begun or continued in ./run: two slices of accumulation, no workers."""
+    """The run, to be begun or resumed in ./run: two slices of accumulation, no workers."""
     preset, data = str(material / "small.toml"), str(material / "data")
     shared = ["train", "--preset", preset, "--data-dir", data, "--resume", "--out", "run", "--device", "cpu"]
     return [*shared, "--workers", "0", "--save-minutes", "0.003"]
