@@ -83,16 +83,16 @@ def test_ablations_export(tmp_path, name):
     assert done.max_difference < 1e-4 and Session(done.path).preset == preset
 
 
-def test_a_graph_that_differs_is_not_published(tmp_path, monkeypatch):
+def test_a_graph_that_differs_is_not_published(tmp_path, tiny_preset, monkeypatch):
     original = Session.__call__
     monkeypatch.setattr(Session, "__call__", lambda self, images: original(self, images) + 0.001)
     with pytest.raises(CheckError, match=r"differs from PyTorch by 0.001"):
-        export_onnx(random_checkpoint(load_preset("digits-nano")), tmp_path / "a.onnx")
+        export_onnx(random_checkpoint(tiny_preset), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
 
 
-def test_both_opsets_are_written_and_read_back(tmp_path):
-    checkpoint = random_checkpoint(load_preset("digits-nano"))
+def test_both_opsets_are_written_and_read_back(tmp_path, tiny_preset):
+    checkpoint = random_checkpoint(tiny_preset)
     for opset in OPSETS:
         done = export_onnx(checkpoint, tmp_path / f"{opset}.onnx", opset=opset)
         graph = onnx.load(done.path)
@@ -118,8 +118,8 @@ def test_half_computes_in_fp16_and_takes_and_gives_what_fp32_does(exported, tmp_
     ]
 
 
-def test_half_that_overflows_is_not_published(exported, tmp_path):
-    checkpoint = random_checkpoint(exported[0].preset)
+def test_half_that_overflows_is_not_published(tmp_path, tiny_preset):
+    checkpoint = random_checkpoint(tiny_preset)
     with torch.no_grad():
         checkpoint.model.head.bias.fill_(1e6)
     with pytest.raises(CheckError, match="not finite"):

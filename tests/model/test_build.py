@@ -125,7 +125,9 @@ def test_weights_of_another_network_are_refused(tmp_path):
         load_checkpoint(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("spec", ["resnet10t", SWIN, DEIT])
+@pytest.mark.parametrize(
+    "spec", [pytest.param("resnet10t", marks=pytest.mark.slow), SWIN, pytest.param(DEIT, marks=pytest.mark.slow)]
+)
 def test_graphs_agree_with_pytorch(tmp_path, spec):
     checkpoint = random_checkpoint(cifar(spec))
     checkpoint.model.train()(torch.randn(8, 3, 32, 32))  # running statistics that are not those of the beginning
