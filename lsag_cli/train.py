@@ -132,30 +132,13 @@ def train(
         preset = preset or preset_of(out)
     changes = [*(overrides or []), *([f"train.epochs={epochs}"] if epochs else [])]
     resolved = read_preset(preset or DEFAULT_PRESET, changes, dataset, model)
-    options = TrainCommand(
-        out=out or RUNS / f"{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
-        data_dir=data_dir_or_default(data_dir),
-        device=device,
-        workers=workers,
-        download=download,
-        resume=resume,
-        allow_change=tuple(allow_change or ()),
-        init_from=init_from,
-        reset_head=reset_head,
-        accum=accum,
-        precision=precision,
-        compile=compile,
-        recompute=recompute,
-        deterministic=deterministic,
-        save_minutes=save_minutes,
-        save_retry_minutes=save_retry_minutes,
-        gpus=gpus,
-        procs=procs,
-        nodes=nodes,
-        rdzv_endpoint=rdzv_endpoint,
-        max_restarts=max_restarts,
-        tensorboard=tensorboard,
-    )
+    given = {name: value for name, value in context.params.items() if name in TrainCommand.model_fields}
+    given |= {
+        "out": out or RUNS / f"{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
+        "data_dir": data_dir_or_default(data_dir),
+        "allow_change": allow_change or (),
+    }
+    options = TrainCommand.model_validate(given)
     check(options, named=bool(out), probe=probe, dry_run=dry_run)
     if resume:
         options = options.with_kept(given_on_the_command_line(context))
@@ -170,7 +153,7 @@ def train(
         return
     finished = follow(resolved, options, main=rank == 0)
     if finished:
-        show_result(finished, data_dir=options.data_dir if data_dir else None, as_json=as_json)
+        show_result(finished, data_dir=options.data_dir, as_json=as_json)
 
 
 def check(options: TrainCommand, *, named: bool, dry_run: bool, probe: bool) -> None:
@@ -242,10 +225,10 @@ def follow(preset: Preset, options: TrainCommand, *, main: bool) -> "Finished | 
     return finished
 
 
-def show_result(finished: "Finished", *, data_dir: Path | None, as_json: bool) -> None:
+def show_result(finished: "Finished", *, data_dir: Path, as_json: bool) -> None:
     """What the training reached, where it is, and what to run next."""
     checkpoint = finished.out / BEST
-    where = ["--data-dir", str(data_dir)] if data_dir else []
+    where = [] if data_dir.absolute() == data_dir_or_default(None).absolute() else ["--data-dir", str(data_dir)]
     next_steps = [
         shlex.join(["lsag", "eval", str(checkpoint), *where]),
         shlex.join(["lsag", "export", str(checkpoint), "--onnx"]),
