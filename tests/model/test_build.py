@@ -286,7 +286,7 @@ def test_the_page_has_commands():
     assert len(COMMANDS) > 15
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [COMMANDS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in COMMANDS[1:])])
 def test_the_commands_of_the_page_take_these_networks(command):
     """In this process: each would take seconds to start."""
     result = CliRunner().invoke(app, ["train", *shlex.split(command), "--dry-run", "--device", "cpu"])

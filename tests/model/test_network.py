@@ -65,7 +65,13 @@ def test_chunks_and_the_released_formulation_give_the_same(config, chunk):
             torch.testing.assert_close(ours.grad / scale, theirs.grad / scale, rtol=0, atol=1e-4, msg=name)
 
 
-LARGE = ("cifar-small", "cifar-base", *(f"cifar-tiny-{name}" for name in [*ABLATIONS, "full"]))
+LARGE = (
+    "cifar-small",
+    "cifar-base",
+    "in1k-small",
+    "in1k-tiny-release",
+    *(f"cifar-tiny-{name}" for name in [*ABLATIONS, "full"]),
+)
 
 
 @pytest.mark.parametrize(
