@@ -97,6 +97,7 @@ def test_a_flipped_bit_or_a_cut_is_never_loaded_as_other_weights(saved, tmp_path
     assert refused > 250, "what is left changes no weight: padding between the entries"
 
 
+@pytest.mark.slow
 def test_every_bit_of_the_directory_may_flip(saved, tmp_path):
     path, _ = saved
     data = path.read_bytes()

@@ -56,7 +56,7 @@ def test_usr1_saves_and_hup_stops(server, arguments, undisturbed, tmp_path):
 
 def test_a_second_interrupt_leaves_at_once(server, arguments, tmp_path):
     run = server.start([*arguments, *ACCUM], tmp_path, {"LSAG_FAILPOINT": "before_opt:30:hang"})
-    wait_for_step(tmp_path / "run", 20)
+    wait_for_step(tmp_path / "run", 29)
     time.sleep(1)
     os.kill(run.pid, signal.SIGINT)
     time.sleep(0.5)
