@@ -233,7 +233,7 @@ def test_refuses_images_of_another_shape(shape):
         ({"local": "none"}, r"set model\.shifts=\[\[0,0\]\]"),
         ({"local": "swin"}, r"set model\.shifts=\[\[0,0\]\]"),
         ({"local": "cvt"}, r"set model\.shifts=\[\[0,0\]\]"),
-        ({"local": "swin", "shifts": ONE_SHIFT, "stages": [STAGE | {"depth": 1}]}, "a block beside it"),
+        ({"local": "swin", "shifts": ONE_SHIFT, "stages": [STAGE | {"depth": 1}]}, "a second block in the first stage"),
         ({"local": "cvt", "shifts": ONE_SHIFT, "patch_stride": 3}, "overlapping"),
     ],
 )
