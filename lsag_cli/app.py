@@ -33,7 +33,7 @@ from lsag_cli.train import train
 MAX_ERROR = 380
 
 app = typer.Typer(
-    help="Train, evaluate, count and export LSAG: Locally Shifted Attention With Early Global Integration.",
+    help="Train, evaluate, profile and export LSAG: Locally Shifted Attention With Early Global Integration.",
     epilog="Start here: lsag train",
     no_args_is_help=False,
     rich_markup_mode="rich",

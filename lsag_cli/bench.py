@@ -79,7 +79,7 @@ def bench(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Measure models side by side: images/s, latency, memory, share of the matrix-product rate."""
+    """Measure models side by side: images/s, latency, memory, share of the machine's matrix-multiply rate."""
     batch_size = renamed(batch, "--batch", "--batch-size", batch_size)
     precision = renamed(dtype, "--dtype", "--precision", precision)
     if plot and plot.suffix.lower() != ".png":
@@ -148,7 +148,7 @@ def bench(
         "memory: peak of tensors, without libraries."
     )
     if plot:
-        say(f"drawn: {plot}")
+        say(f"wrote {plot}")
 
 
 def cells(result: "Result") -> tuple[str, ...]:

@@ -69,4 +69,4 @@ def explain(
         )
         return
     say(", ".join(f"{visible(name)} {percent(share)}" for name, share in found.classes))
-    say(f"drawn: {visible(str(out))}")
+    say(f"wrote {visible(str(out))}")

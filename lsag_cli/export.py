@@ -130,12 +130,14 @@ def newest_best() -> Path:
     """best.pt of the newest run in ./runs. InputError if there is none."""
     run = newest_run(BEST)
     if run is None:
-        raise InputError(f"no checkpoint given, and no {BEST} in ./{RUNS}", "lsag train, or lsag export CKPT --onnx")
+        raise InputError(
+            f"no checkpoint given, and no {BEST} in ./{RUNS}", "run lsag train first, or name a checkpoint"
+        )
     return run / BEST
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="A checkpoint of the authors' release.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="Checkpoint released by the authors.", show_default=False)],
     preset: Annotated[str, typer.Option("--preset", help="The preset of its model.", show_default=False)],
     overrides: Overrides = None,
     dataset: Annotated[str | None, typer.Option(help="The dataset it was trained on, if not the preset's.")] = None,

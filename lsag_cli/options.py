@@ -32,7 +32,7 @@ def complete_preset(incomplete: str) -> list[str]:
 
 OptionalPreset = Annotated[
     str | None,
-    typer.Option("--preset", help="A preset's name or a .toml or .json file.", autocompletion=complete_preset),
+    typer.Option("--preset", help="Preset name, or path to a .toml or .json file.", autocompletion=complete_preset),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the preset; repeatable.")
@@ -41,7 +41,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         metavar="timm:NAME[,KEY=VALUE...]",
-        help="Replace the preset's network by a timm model, with the same recipe (docs/baselines.md).",
+        help="Replace the preset's network with a timm model, with the same recipe (docs/baselines.md).",
     ),
 ]
 Dataset = Annotated[
@@ -51,7 +51,7 @@ Dataset = Annotated[
         show_default="the preset's",
     ),
 ]
-DataDir = Annotated[Path | None, typer.Option(help="Folder of the data.", show_default="$LSAG_DATA, or ./data")]
+DataDir = Annotated[Path | None, typer.Option(help="Data folder.", show_default="$LSAG_DATA, or ./data")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Provider = Annotated[
     providers.Provider | None,
@@ -91,7 +91,7 @@ def loading(text: str = "loading PyTorch") -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         if not launched():  # the launcher reports it
             erase_status()
-            os.write(2, f"lsag: error: stopped by {signal.Signals(number).name} before it began\n".encode())
+            os.write(2, f"lsag: error: stopped by {signal.Signals(number).name} before it started\n".encode())
         os._exit(128 + number)
 
     previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -26,8 +26,8 @@ def show_plan(preset: Preset, options: TrainCommand, *, processes: int, probe: b
     steps = known.train_images // recipe.batch_size if known else None
     if known and not steps:
         raise UsageError(
-            f"{known.train_images} training images do not fill one batch of {recipe.batch_size}",
-            "--set train.batch_size=...",
+            f"{known.train_images:,} training images do not fill one batch of {recipe.batch_size}",
+            "choose a smaller one with --set train.batch_size=N",
         )
     plan: dict[str, Any] = {
         "parameters": total.params,
@@ -71,12 +71,12 @@ def show_figures(preset: Preset, plan: dict[str, Any]) -> None:
     of_steps = "as many steps as the folder has batches" if steps is None else counted(steps, "step")
     say("")
     say(f"parameters       {plan['parameters']:,}")
-    say(f"MACs per image   {giga(plan['macs'])}, of which {giga(plan['macs_run'])} are run")
+    say(f"MACs per image   {giga(plan['macs'])}, {giga(plan['macs_run'])} executed")
     say(f"steps            {counted(recipe.epochs, 'epoch')} of {of_steps}")
     say(f"effective batch  {recipe.batch_size} = {devices} x {slices} x {counted(plan['slice_size'], 'image')}")
     say(f"peak lr          {plan['peak_lr']:.3g} ({recipe.lr:g} x {recipe.batch_size} / 512)")
     if "step_seconds" in plan:
-        say(f"a step           {plan['step_seconds']:.3f} s, measured on one device, without loading and evaluation")
+        say(f"time per step    {plan['step_seconds']:.3f} s, measured on one device, without loading and evaluation")
         say(f"memory           {plan['memory_bytes'] / 2**30:.2f} GiB at its peak")
         if plan["training_seconds"]:
-            say(f"the training     {duration(plan['training_seconds'])}")
+            say(f"training time    {duration(plan['training_seconds'])}")

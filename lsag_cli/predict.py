@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 def predict(
     model: Annotated[Path, typer.Argument(help="A checkpoint or an exported .onnx graph.", show_default=False)],
-    images: Annotated[list[str], typer.Argument(help="Image files, folders or patterns.", show_default=False)],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders or glob patterns.", show_default=False)],
     top_k: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 5,
     device: Device = "auto",
     provider: Provider = None,

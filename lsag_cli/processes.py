@@ -84,7 +84,7 @@ def choose_gpus(gpus: str, numbers: list[str]) -> list[str]:
         hint = f" (CUDA_VISIBLE_DEVICES={visible!r})" if visible is not None else ""
         what = f"asked for GPUs {gpus}" if "," in gpus else f"asked for {gpus} GPUs"
         raise UnavailableError(
-            f"{what}, found {found}{hint}", f"use --gpus {found}" + (", the CPU" if not found else "")
+            f"{what}, found {found}{hint}", f"use --gpus {found}" + (" to train on the CPU" if not found else "")
         )
     if len(set(chosen)) != len(chosen):
         raise UsageError(f"--gpus {gpus} names a GPU twice", "name each once")

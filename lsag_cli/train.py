@@ -36,12 +36,12 @@ if typing.TYPE_CHECKING:
     from lsag.training.events import Finished
 
 DEFAULT_PRESET = "digits-nano"
-RUN_OPTIONS, DEVICES, SAVING, SPEED = "Runs", "Many devices", "Saving", "Speed and memory"
+RUN_OPTIONS, DEVICES, SAVING, SPEED = "Resuming and fine-tuning", "Multiple devices", "Saving", "Speed and memory"
 
 
 def train(
     context: typer.Context,
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="With --resume: the run to resume.")] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="With --resume: the run to resume.")] = None,
     preset: OptionalPreset = None,
     model: Model = None,
     dataset: Dataset = None,
@@ -52,12 +52,14 @@ def train(
     device: Device = "auto",
     workers: Workers = None,
     download: Annotated[
-        bool, typer.Option("--download/--no-download", help="Download a dataset that is not there.")
+        bool, typer.Option("--download/--no-download", help="Download the dataset if it is missing.")
     ] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,
-    probe: Annotated[bool, typer.Option("--probe", help="With --dry-run: time a few steps on made-up images.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan without training.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="With --dry-run: time a few steps on synthetic images.")
+    ] = False,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard/--no-tensorboard", help="Also write RUN/tensorboard.")
+        bool, typer.Option("--tensorboard/--no-tensorboard", help="Also log for TensorBoard, in RUN/tensorboard.")
     ] = False,
     as_json: Json = False,
     resume: Annotated[
@@ -73,7 +75,7 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="KEY",
-            help="With --resume: a setting that may differ; 'data' for other images.",
+            help="With --resume: allow this setting to differ ('data': the images); repeatable.",
             rich_help_panel=RUN_OPTIONS,
         ),
     ] = None,
@@ -81,7 +83,10 @@ def train(
         Path | None, typer.Option(help="Fine-tune: start from a checkpoint's weights.", rich_help_panel=RUN_OPTIONS)
     ] = None,
     reset_head: Annotated[
-        bool, typer.Option("--reset-head", help="With --init-from: a new classifier.", rich_help_panel=RUN_OPTIONS)
+        bool,
+        typer.Option(
+            "--reset-head", help="With --init-from: start with a new classification head.", rich_help_panel=RUN_OPTIONS
+        ),
     ] = False,
     gpus: Annotated[
         str | None,
@@ -94,7 +99,8 @@ def train(
         int, typer.Option(min=1, help="Number of machines; run the same command on each.", rich_help_panel=DEVICES)
     ] = 1,
     rdzv_endpoint: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where several machines meet.", rich_help_panel=DEVICES)
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Rendezvous address; required with --nodes.", rich_help_panel=DEVICES),
     ] = None,
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Automatic restarts after a failure.", rich_help_panel=DEVICES)
@@ -180,7 +186,7 @@ def run_to_resume() -> Path:
     """The newest run in ./runs. InputError if there is none."""
     found = newest_run(PRESET)
     if found is None:
-        raise InputError(f"no run to resume in ./{RUNS}", "--resume RUN")
+        raise InputError(f"no run to resume in ./{RUNS}", "name one: lsag train --resume RUN")
     return found
 
 
@@ -190,7 +196,7 @@ def preset_of(run: Path) -> str:
         there = "not a folder" if run.exists() else "no such folder"
         if run.is_dir():
             there = ", ".join(sorted(entry.name for entry in run.iterdir())[:5]) or "empty"
-        raise InputError(f"no run to resume in {run} ({there})", "to start one there, give its --preset")
+        raise InputError(f"no run to resume in {run} ({there})", "to start one there, add --preset NAME")
     return str(run / PRESET)
 
 
@@ -215,7 +221,7 @@ def follow(preset: Preset, options: TrainCommand, *, main: bool) -> "Finished | 
                 finished = event
     except KeyboardInterrupt:
         if display is None:
-            raise InterruptedByUserError("interrupted before it began") from None
+            raise InterruptedByUserError("interrupted before the training started") from None
         raise InterruptedByUserError(
             "interrupted twice; stopped at once", f"resume with: {options.resume_command}"
         ) from None
@@ -237,7 +243,8 @@ def show_result(finished: "Finished", *, data_dir: Path, as_json: bool) -> None:
         names = ("best_top1", "best_epoch", "last_top1", "epochs", "seconds")
         figures = {name: getattr(finished, name) for name in names}
         return print_json("train", out=str(finished.out), checkpoint=str(checkpoint), **figures, next=next_steps)
-    say(f"best accuracy  {percent(finished.best_top1)} (epoch {finished.best_epoch})  in {duration(finished.seconds)}")
+    best, total = percent(finished.best_top1), duration(finished.seconds)
+    say(f"best top-1  {best} (epoch {finished.best_epoch}), total time {total}")
     say(f"everything is in {finished.out}: best.pt, curves.png, metrics.jsonl, and checkpoints to resume from")
     for command in next_steps:
         say(f"next: {command}")

@@ -83,7 +83,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.epoch = self.first_step = 0
         if self.num_steps == 0:
             raise UsageError(
-                f"{num_images} training images do not fill one batch of {self.batch_size}", "--set train.batch_size=..."
+                f"{num_images:,} training images do not fill one batch of {self.batch_size}",
+                "choose a smaller one with --set train.batch_size=N",
             )
 
     def __len__(self) -> int:

@@ -101,7 +101,7 @@ def launch(
     if causes:
         raise _with_code(causes[0]["what"], causes[0]["fix"], causes[0]["code"])
     if stopped_by and not reports:
-        raise _with_code(f"stopped by {signal.Signals(stopped_by).name} before it began", "", 128 + stopped_by)
+        raise _with_code(f"stopped by {signal.Signals(stopped_by).name} before it started", "", 128 + stopped_by)
     killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
     if killed:
         # The agent ends the others with SIGTERM; whatever came before is the cause.

@@ -141,9 +141,10 @@ class Run(NoRun):
                 stopping = self.signals.stop or self.signals.acknowledged
                 minutes = self.options.save_retry_minutes
                 if failed and (stopping or time.monotonic() - start > 60 * minutes):
-                    raise
+                    fix = f"free space, then resume with: {self.options.resume_command}"
+                    raise OutputError(error.what, fix) from error
                 if not failed:
-                    logger.warning("%s; trying again for %g minutes", error.what, minutes)
+                    logger.warning("%s; retrying every second for up to %g minutes", error.what, minutes)
                 failed = True
                 time.sleep(1)
         self.save_seconds += time.monotonic() - start

@@ -242,7 +242,7 @@ def test_from_training_to_a_graph(lsag, tmp_path):
     again = ["train", "--resume", "run", "--device", "cpu", "--workers", 0]
     for model in ([], ["--model", spec]):
         done = lsag(*again, *model)
-        assert done.returncode == 0 and "best accuracy" in done.stdout, done.stderr
+        assert done.returncode == 0 and "best top-1" in done.stdout, done.stderr
     assert json.loads((tmp_path / "run/preset.json").read_text())["name"] == "digits-nano-test_resnet"
     assert_refused(lsag(*again, "--model", "timm:test_vit,patch_size=2"), 2, "run with another", "model.timm")
 
