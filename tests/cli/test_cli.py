@@ -183,10 +183,10 @@ REFUSED = {
     "out of range": (["train", "--epochs", "0"], 2, ["--epochs"]),
     "no value": (["train", "--set", "train.epochs"], 2, ["KEY=VALUE"]),
     "set twice": (["train", "--epochs", "5", "--set", "train.epochs=6"], 2, ["train.epochs is set twice"]),
-    "a plan that cannot be": (["train", "--dry-run", "--set", "train.batch_size=2000"], 2, ["1437", "2000"]),
+    "a plan that cannot be": (["train", "--dry-run", "--set", "train.batch_size=2000"], 2, ["1,437", "2000"]),
     "too few epochs": (["train", "--epochs", "2"], 2, ["--set train.warmup_epochs=0"]),
     "unknown dataset": (["train", "--dataset", "mnist"], 2, ["data.dataset", "'mnist'"]),
-    "a batch that is never filled": (["train", "--set", "train.batch_size=2000"], 2, ["1437", "2000"]),
+    "a batch that is never filled": (["train", "--set", "train.batch_size=2000"], 2, ["1,437", "2000"]),
     "no data": (
         ["train", "--preset", "in1k-tiny"],
         3,
