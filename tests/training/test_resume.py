@@ -145,7 +145,7 @@ def test_a_batch_that_cannot_be_cut_names_the_nearest(preset):
     assert preset.slice_size(8) == 8
     with pytest.raises(UsageError, match=r"64 cannot be cut into 3 equal slices.*batch_size=60 or 66"):
         preset.slice_size(3)
-    with pytest.raises(UsageError, match=r"of even size, which mixup and cutmix need.*batch_size=128,"):
+    with pytest.raises(UsageError, match=r"of even size, as mixup and cutmix need.*batch_size=128,"):
         preset.slice_size(64)
 
 
