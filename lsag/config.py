@@ -3,6 +3,8 @@
 Everything here is plain Python and pydantic. torch is not imported, so that the command line answers at once.
 """
 
+import ast
+import contextlib
 import difflib
 import math
 import re
@@ -366,12 +368,15 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """'NAME,KEY=VALUE,...' -> NAME and its settings by their keys, with values as in `parse_override`.
 
-    Python's (1, 2), True, False and None are read too: older checkpoints have them.
+    What is not TOML may be a literal of Python, such as (1, 2) or True: older checkpoints have them.
     """
     name, *settings = re.split(r",(?=[\w.]+=)", spec)
-    python = {"True": True, "False": False, "None": None}
-    values = parse_overrides(setting.replace("(", "[").replace(")", "]") for setting in settings)
-    return name, {key: python.get(value, value) if isinstance(value, str) else value for key, value in values.items()}
+    values = parse_overrides(settings)
+    for key, value in values.items():
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            if isinstance(value, str):
+                values[key] = ast.literal_eval(value.replace("(", "[").replace(")", "]"))
+    return name, values
 
 
 def validate_preset(values: Mapping[str, Any], *, origin: str) -> Preset:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -111,6 +112,8 @@ def renamed(value: T | None, old: str, new: str, default: T) -> T:
     """
     if value is None:
         return default
+    if any(word.partition("=")[0] == new.split()[0] for word in sys.argv):
+        raise UsageError(f"{old} is now {new}, and both were given", f"remove {old}")
     note(f"{old} is now {new}")
     return value
 

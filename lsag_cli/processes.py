@@ -3,11 +3,14 @@
 import os
 import re
 import sys
+from typing import Annotated
+
+from pydantic import Field
 
 from lsag.distributed.environment import world_in_environment, world_size_here
 from lsag.distributed.launch import launch, launched
 from lsag.errors import UnavailableError, UsageError
-from lsag.runs import check_run_folder
+from lsag.runs import check_run_folder, step_files
 from lsag.training.options import TrainOptions
 from lsag_cli.options import loading
 
@@ -15,11 +18,11 @@ from lsag_cli.options import loading
 class TrainCommand(TrainOptions):
     """The options of `lsag train`: those of a training, and how its processes are started."""
 
-    gpus: str | None = None
-    procs: int | None = None
-    nodes: int = 1
+    gpus: Annotated[str, Field(max_length=100)] | None = None
+    procs: Annotated[int, Field(ge=1)] | None = None
+    nodes: Annotated[int, Field(ge=1)] = 1
     rdzv_endpoint: str | None = None
-    max_restarts: int = 0
+    max_restarts: Annotated[int, Field(ge=0)] = 0
     tensorboard: bool = False
 
     NOT_KEPT = TrainOptions.NOT_KEPT | {"nodes", "rdzv_endpoint"}
@@ -31,11 +34,19 @@ class TrainCommand(TrainOptions):
         return super().resume_command + meeting
 
     def with_kept(self, given: set[str]) -> "TrainCommand":
-        """These options, but those that were not `given` as the run keeps them; its devices only all together."""
+        """These options, with those that were not `given` as the run keeps them.
+
+        A run that saved nothing keeps nothing. Another device or number of processes replaces all that concerns them,
+        torchrun or srun brings processes of its own, and $LSAG_DATA counts as given.
+        """
+        if not step_files(self.out):
+            return self
+        given = given | ({"data_dir"} if os.environ.get("LSAG_DATA") else set())
+        if given & {"device", "gpus", "procs"}:
+            given |= {"gpus", "procs"} | ({"device"} if "gpus" in given else set())
+        if world_in_environment() and not launched():
+            given |= {"gpus", "procs", "max_restarts"}
         kept = self.kept_in(self.out)
-        placement = {"device", "gpus", "procs"}
-        if given & placement or (world_in_environment() and not launched()):
-            kept = {name: value for name, value in kept.items() if name not in placement}
         return self.model_copy(update={name: value for name, value in kept.items() if name not in given})
 
 
@@ -53,7 +64,7 @@ def place(gpus: str | None, device: str, procs: int | None) -> tuple[str, int]:
         return device, 1
     kind = device.partition(":")[0]
     numbers = gpus.rstrip(",").split(",")
-    if gpus != "all" and not all(number.isdecimal() for number in numbers):
+    if gpus != "all" and not all(number.isdecimal() and len(number) < 100 for number in numbers):
         raise UsageError(f"--gpus {gpus} is not a number of GPUs", "for example --gpus 2, --gpus all, or --gpus 0,2")
     if gpus == "0" and kind in ("auto", "cpu"):
         return "cpu", 1

@@ -145,9 +145,9 @@ def train(
         "allow_change": allow_change or (),
     }
     options = TrainCommand.model_validate(given)
-    check(options, named=bool(out), probe=probe, dry_run=dry_run)
     if resume:
         options = options.with_kept(given_on_the_command_line(context))
+    check(options, named=bool(out), probe=probe, dry_run=dry_run)
     device, processes = place(options.gpus, options.device, options.procs)
     options = options.model_copy(update={"device": device})
     resolved.slice_size(processes * options.nodes * options.accum)

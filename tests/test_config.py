@@ -162,3 +162,10 @@ def test_any_value_of_any_key_is_taken_or_refused_in_words(overrides):
         assert isinstance(load_preset("digits-nano", overrides), Preset)
     except LsagError as error:
         assert error.exit_code == 2
+
+
+def test_arguments_are_toml_or_else_literals_of_python():
+    """Checkpoints of before have the latter."""
+    spec = "Nest,a=(192,192),b=.5,c=True,d=None,e=(True, False),f=name,g=[1,2],h=1."
+    expected = {"a": [192, 192], "b": 0.5, "c": True, "d": None, "e": [True, False], "f": "name", "g": [1, 2], "h": 1.0}
+    assert parse_spec(spec) == ("Nest", expected)

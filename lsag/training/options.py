@@ -1,6 +1,7 @@
 """How a training is run: all that its preset does not say. A run keeps it, so that its name is enough to resume it."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lsag.config import Precision, Recompute
 from lsag.errors import DamagedError
+from lsag.files import read_bytes
 from lsag.runs import OPTIONS
 
 
@@ -63,16 +65,17 @@ class TrainOptions(BaseModel):
     def kept_in(cls, out: Path) -> dict[str, Any]:
         """The fields that the run in `out` keeps; none if it is older than its options file, or not there.
 
-        DamagedError if the file does not hold them.
+        InputError if the file cannot be read, DamagedError if it does not hold them.
         """
         path = out / OPTIONS
-        if not path.is_file():
+        if not os.path.lexists(path):
             return {}
+        content = read_bytes(path, what="options")
         try:
-            values = json.loads(path.read_bytes())
+            values = json.loads(content)
             names = cls.model_fields.keys() & values.keys() - cls.NOT_KEPT
             found = cls.model_validate({"out": out, "data_dir": out, **{name: values[name] for name in names}})
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             reason: object = error
             if isinstance(error, ValidationError):
                 reason = "; ".join(f"{one['loc'][0]}: {one['msg']}" for one in error.errors())

@@ -61,3 +61,46 @@ def test_every_option_is_kept_or_concerns_one_start_alone(tmp_path):
     kept = TrainOptions.kept_in(tmp_path)
     assert kept.keys() | TrainOptions.NOT_KEPT == TrainOptions.model_fields.keys()
     assert (kept["workers"], kept["precision"], kept["save_minutes"]) == (3, "bf16", 1.0)
+
+
+def test_what_a_dead_start_left_is_not_kept(lsag, tmp_path):
+    """Options without a checkpoint are nobody's: a start that also resumes does not take them."""
+    killed = {"LSAG_FAILPOINT": "before_save:1:kill"}
+    assert lsag("train", *TINY, "--accum", "4", "--out", "run", env=killed).returncode == -9
+    assert TrainOptions.kept_in(tmp_path / "run")["accum"] == 4
+    done = lsag("train", *TINY, "--preset", "digits-nano", "--resume", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    assert TrainOptions.kept_in(tmp_path / "run")["accum"] == 1
+
+
+@pytest.mark.parametrize("change", [{"procs": 0}, {"gpus": "9" * 5000}, {"max_restarts": -1}])
+def test_options_that_the_command_line_would_refuse_are_damage(lsag, tmp_path, change):
+    assert lsag("train", *TINY, "--out", "run").returncode == 0
+    kept = json.loads((tmp_path / "run/options.json").read_text())
+    (tmp_path / "run/options.json").write_text(json.dumps(kept | change))
+    assert_refused(lsag("train", "--resume", "run"), 3, "options.json is damaged", next(iter(change)))
+
+
+def test_options_that_are_no_file_are_refused(lsag, tmp_path):
+    assert lsag("train", *TINY, "--out", "run").returncode == 0
+    (tmp_path / "run/options.json").unlink()
+    (tmp_path / "run/options.json").mkdir()
+    assert_refused(lsag("train", "--resume", "run"), 3, "cannot read options run/options.json", "not a regular file")
+
+
+def test_the_environment_says_where_data_has_moved_and_who_the_ranks_are(lsag, folder, tmp_path):
+    small = ["--preset", "cifar-nano", "--dataset", "folder", "--set=train.batch_size=4", "--epochs=1", TINY[1]]
+    small.append("--set=model.stages=[{embed_dim=8,depth=2,num_heads=2}]")
+    (tmp_path / "old").mkdir()
+    for split in ("train", "val"):
+        (folder / split).rename(tmp_path / "old" / split)
+    started = lsag("train", *small, "--out", "run", "--max-restarts", "1", env={"LSAG_DATA": "old"})
+    assert started.returncode == 0, started.stderr
+    (tmp_path / "old").rename(tmp_path / "new")
+    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    done = lsag("train", "--resume", "run", env={"LSAG_DATA": str(tmp_path / "new")} | world)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_option_and_its_old_name_are_refused_together(lsag):
+    assert_refused(lsag("bench", "digits-nano", "--batch", "2", "--batch-size", "3"), 2, "--batch is now --batch-size")
