@@ -59,6 +59,17 @@ def wait_for_step(out: Path, step: int, timeout: float = 120) -> None:
     raise TimeoutError(f"{out} did not reach step {step}")
 
 
+def wait_until_idle(process: int, timeout: float = 120) -> None:
+    """Until a process has used no processor time for two seconds."""
+    end, used = time.monotonic() + timeout, None
+    while time.monotonic() < end:
+        before, used = used, Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+        if used == before:
+            return
+        time.sleep(2)
+    raise TimeoutError(f"process {process} does not come to rest")
+
+
 def steps_logged(out: Path) -> int:
     path = out / "steps.jsonl"
     lines = path.read_bytes().splitlines() if path.exists() else []

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from lsag import load_checkpoint
-from tests.faults.driver import assert_same, result, steps_logged, wait_for_step
+from tests.faults.driver import assert_same, result, steps_logged, wait_for_step, wait_until_idle
 from tests.faults.test_kill import POINTS, sampled
 from tests.processes import Spawned, alive, gone
 
@@ -56,8 +56,8 @@ def test_usr1_saves_and_hup_stops(server, arguments, undisturbed, tmp_path):
 
 def test_a_second_interrupt_leaves_at_once(server, arguments, tmp_path):
     run = server.start([*arguments, *ACCUM], tmp_path, {"LSAG_FAILPOINT": "before_opt:30:hang"})
-    wait_for_step(tmp_path / "run", 29)
-    time.sleep(1)
+    wait_for_step(tmp_path / "run", 1)
+    wait_until_idle(run.pid)  # at the failpoint
     os.kill(run.pid, signal.SIGINT)
     time.sleep(0.5)
     os.kill(run.pid, signal.SIGINT)
