@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,11 @@ def launch(
         _wait_for_ranks(folder)
         reports = _reports(folder)
         shutil.rmtree(folder, ignore_errors=True)
+    _raise_first_cause(reports, failures, stopped_by, fix)
+
+
+def _raise_first_cause(reports: list[dict[str, Any]], failures: Mapping[int, Any], stopped_by: int, fix: str) -> None:
+    """Raise what ended the ranks first, by their `reports` and by what the agent saw; nothing if all went well."""
     causes = [report for report in reports if not report["consequence"]]
     if failures:
         # When a rank fails, the agent ends the others with SIGTERM: that is not the cause.
