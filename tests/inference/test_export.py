@@ -165,10 +165,15 @@ def test_a_narrow_model_of_table_2_exports(tmp_path, opset, monkeypatch):
     assert done.max_difference < 1e-4
 
 
-@pytest.mark.slow
+FULL_SIZE = [*product(preset_paths(), OPSETS), *((name, 20) for name in preset_names() if name not in preset_paths())]
+
+
 @pytest.mark.parametrize(
     ("name", "opset"),
-    [*product(preset_paths(), OPSETS), *((name, 20) for name in preset_names() if name not in preset_paths())],
+    [
+        pytest.param(*one, marks=pytest.mark.slow if one == ("cifar-tiny", 20) else pytest.mark.full_size)
+        for one in FULL_SIZE
+    ],
 )
 def test_presets_export_at_full_size(tmp_path, name, opset):
     done = export_onnx(random_checkpoint(load_preset(name)), tmp_path / "a.onnx", opset=opset)

@@ -65,19 +65,15 @@ def test_chunks_and_the_released_formulation_give_the_same(config, chunk):
             torch.testing.assert_close(ours.grad / scale, theirs.grad / scale, rtol=0, atol=1e-4, msg=name)
 
 
-LARGE = (
-    "cifar-small",
-    "cifar-base",
-    "in1k-small",
-    "in1k-tiny-release",
-    *(f"cifar-tiny-{name}" for name in [*ABLATIONS, "full"]),
+LARGE = dict.fromkeys(("in1k-small", "in1k-tiny-release"), pytest.mark.slow) | dict.fromkeys(
+    ("cifar-small", "cifar-base", *(f"cifar-tiny-{name}" for name in [*ABLATIONS, "full"])), pytest.mark.full_size
 )
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
+        pytest.param(name, marks=LARGE[name]) if name in LARGE else name
         for name in preset_names()
         if name != "cifar-tiny-ii"  # BatchNorm: in training, results depend on the whole batch
     ],
