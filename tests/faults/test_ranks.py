@@ -72,6 +72,6 @@ def test_a_dead_worker_loses_no_step(server, arguments, tmp_path):
     wait_for_step(tmp_path / "run", 50)
     os.kill(children(run.pid)[0], signal.SIGKILL)
     assert run.wait() == 7
-    assert "a process that prepares images died" in run.stderr.splitlines()[-1]
+    assert "a process that prepares images has died" in run.stderr.splitlines()[-1]
     saved = load_checkpoint(max((tmp_path / "run").glob("step-*.pt"))).training["step"]
     assert saved >= 50 and rows(tmp_path / "run")[-1]["step"] == saved
