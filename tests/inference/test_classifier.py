@@ -7,20 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lsag import load_preset
-from lsag.checkpoint import random_checkpoint, save_checkpoint
+from lsag.checkpoint import save_checkpoint
 from lsag.data.transforms import Normalize
 from lsag.errors import UsageError
 from lsag.inference.classifier import Classifier, open_model
 from lsag.inference.export import export_onnx, made_up_images
-from tests.conftest import ROOT, assert_refused, randomise
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    checkpoint = random_checkpoint(load_preset("digits-nano"))
-    randomise(checkpoint.model)
-    return checkpoint
+from tests.conftest import ROOT, assert_refused
 
 
 @pytest.fixture(scope="module")

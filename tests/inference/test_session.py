@@ -9,8 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from lsag import load_preset
-from lsag.checkpoint import random_checkpoint, save_checkpoint
+from lsag.checkpoint import save_checkpoint
 from lsag.errors import InputError, UnavailableError, UsageError
 from lsag.inference.export import export_onnx, made_up_images
 from lsag.inference.providers import (
@@ -22,16 +21,9 @@ from lsag.inference.providers import (
     torch_cuda,
 )
 from lsag.inference.session import Session, graph_digest
-from tests.conftest import assert_refused, randomise
+from tests.conftest import assert_refused
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which CUDA does not load")
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    checkpoint = random_checkpoint(load_preset("digits-nano"))
-    randomise(checkpoint.model)
-    return checkpoint
 
 
 @pytest.fixture(scope="module")
