@@ -21,7 +21,7 @@ from lsag_cli.options import (
     refuse_existing,
     renamed,
 )
-from lsag_cli.output import giga, is_terminal, mega, percent, print_json, say, say_table, stderr, table
+from lsag_cli.output import is_terminal, mega, operations, percent, print_json, say, say_table, stderr
 
 if TYPE_CHECKING:
     from lsag.bench import Result
@@ -40,6 +40,8 @@ COLUMNS = (
     "MACs/s",
     "of\nmatmul",
 )
+DROP = ("MACs/s", "params", "p90 ms\nbatch 1", "MACs", "of\nmatmul", "memory\nMiB", "spread", "p50 ms\nbatch 1")
+"""What leaves a narrow terminal first."""
 
 
 def bench(
@@ -137,12 +139,14 @@ def bench(
         how = f"{mode}, batch {batch_size}, {found.dtype}{', compiled' if compile else ''}"
         how += "" if recompute == "none" else f", recompute {recompute}"
         how += ", system allocator" if system_allocator else ""
-        where = f"{found.device}, {found.threads} threads, matrix products {giga(found.matrix_rate)}MACs/s"
-        shown = table(*COLUMNS, *(["paper's\nimg/s"] if peers else []), title=f"{group} {how} on {where}".lstrip())
-        for result in found.results:
-            paper = groups[group][result.name]
-            shown.add_row(*cells(result), *([f"{paper:,.1f}" if paper else "-"] if peers else []))
-        say_table(shown)
+        where = f"{found.device}, {found.threads} threads, matrix products {operations(found.matrix_rate)}MACs/s"
+        columns, rows = list(COLUMNS), [list(cells(result)) for result in found.results]
+        if peers:
+            columns.append("paper's\nimg/s")
+            for row, result in zip(rows, found.results, strict=True):
+                paper = groups[group][result.name]
+                row.append(f"{paper:,.1f}" if paper else "-")
+        say_table(columns, rows, title=f"{group} {how} on {where}".lstrip(), drop=DROP)
     say(
         "ratio: img/s over the first contender's. of matmul: MACs/s over the rate of matrix products in the same run. "
         "memory: peak of tensors, without libraries."
@@ -156,12 +160,12 @@ def cells(result: "Result") -> tuple[str, ...]:
     return (
         result.name,
         mega(result.params),
-        giga(result.macs),
+        operations(result.macs),
         f"{result.images_per_second:,.1f}",
         f"{100 * result.spread:.0f} %",
         f"{result.ratio:.2f}",
         *latency,
         f"{result.peak_memory / 2**20:,.0f}" if result.peak_memory else "-",
-        giga(result.macs_per_second),
+        operations(result.macs_per_second),
         percent(result.share),
     )

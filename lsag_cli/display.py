@@ -9,6 +9,10 @@ from lsag_cli.output import is_terminal, mega, note, percent, stderr
 if TYPE_CHECKING:
     from lsag.training.events import Epoch, Started, Step
 
+DROP = ("lr", "data wait", "memory", "step", "speed", "epoch", "top-1")
+"""What leaves the line of a step first on a narrow terminal."""
+BAR_WIDTH = 12
+"""Columns of a terminal that the bar keeps."""
 LINE_SECONDS = 60
 """Time between two lines of progress if stderr is not a terminal."""
 
@@ -43,15 +47,24 @@ class Display:
 
     def step(self, event: "Step") -> None:
         done = (event.epoch - 1) * self.steps + event.step
-        text = (
-            f"epoch {event.epoch}/{self.epochs} step {event.step}/{self.steps}  loss {event.loss:.3f}  "
-            f"lr {event.lr:.1e}  top-1 {self.accuracy}  {event.images_per_second:,.0f} img/s  "
-            f"data wait {100 * event.data_wait:.0f} %  {event.memory / 2**30:.1f} GiB  {self.left(done)} left"
-        )
+        parts = {
+            "epoch": f"epoch {event.epoch}/{self.epochs}",
+            "step": f"step {event.step}/{self.steps}",
+            "loss": f"loss {event.loss:.3f}",
+            "lr": f"lr {event.lr:.1e}",
+            "top-1": f"top-1 {self.accuracy}",
+            "speed": f"{event.images_per_second:,.0f} img/s",
+            "data wait": f"data wait {100 * event.data_wait:.0f} %",
+            "memory": f"{event.memory / 2**30:.1f} GiB",
+            "left": f"{self.left(done)} left",
+        }
         if self.bar:
-            self.bar.update(self.task, completed=done, description=text)
+            for name in DROP:
+                if len("  ".join(parts.values())) > self.bar.console.width - BAR_WIDTH:
+                    del parts[name]
+            self.bar.update(self.task, completed=done, description="  ".join(parts.values()))
         elif time.monotonic() > self.next_line:
-            note(text)
+            note("  ".join(parts.values()))
             self.next_line = time.monotonic() + LINE_SECONDS
         if self.writer:
             for name in ("loss", "lr", "images_per_second", "data_wait"):

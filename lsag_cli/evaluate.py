@@ -30,7 +30,7 @@ from lsag_cli.options import (
     note_fallback,
     refuse_existing,
 )
-from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, table
+from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, visible
 
 if TYPE_CHECKING:
     from lsag.inference.evaluate import Evaluation
@@ -124,11 +124,13 @@ def show(result: "Evaluation") -> None:
         key=lambda row: (row[1] is None, row[1]),
     )
     many = len(rows) > 30
-    shown = table("class", "images", "correct", title=f"the 20 worst of {len(rows)} classes" if many else None)
     order = {name: index for index, name in enumerate(classes)}
-    for name, share, images in rows[:20] if many else sorted(rows, key=lambda row: order[row[0]]):
-        shown.add_row(name, f"{images:,}", percent(share))
-    say_table(shown)
+    shown = rows[:20] if many else sorted(rows, key=lambda row: order[row[0]])
+    say_table(
+        ("class", "images", "correct"),
+        [(visible(name), f"{images:,}", percent(share)) for name, share, images in shown],
+        title=f"the 20 worst of {len(rows)} classes" if many else None,
+    )
     say(f"{result.model.preset.name} on {result.dataset}, {metrics.count:,} images, {result.model.device_name}")
     say(f"top-1 {percent(metrics.top1)}   top-5 {percent(metrics.top5)}   loss {metrics.loss:.4f}")
 

@@ -9,7 +9,7 @@ from lsag.errors import UsageError
 from lsag.model.flops import Count, count, count_stages
 from lsag.presets import preset_names
 from lsag_cli.options import Json, Model, Overrides, complete_preset, loading, read_preset
-from lsag_cli.output import giga, mega, print_json, say, say_table, table
+from lsag_cli.output import mega, operations, print_json, say, say_table
 
 
 def flops(
@@ -29,46 +29,48 @@ def flops(
     if as_json:
         print_json("flops", presets=[describe(item) for item in presets])
         return
-    counts = ("parameters", "MACs\nplain", "FLOPs\nplain", "MACs\nrun")
+    counts = ("parameters", "MACs\nplain", "FLOPs\nplain", "MACs\nexecuted")
     headings = ("stage", *counts) if by_stage else (*counts, "paper:\nparams", "paper:\n'GFLOPs'")
-    shown = table("preset", *headings, title="per image, one forward pass")
+    rows = []
     for item in presets:
         paper = item.paper
         if by_stage:
-            for stage in [*stages_of(item), count_network(item)]:
-                shown.add_row(item.name, stage.name, *cells(stage), end_section=stage.name == "total")
+            rows += [(item.name, stage.name, *cells(stage)) for stage in [*stages_of(item), count_network(item)]]
         else:
             params = f"{paper.params_m} M" if paper and paper.params_m else "-"
             gmacs = f"{paper.gmacs} G" if paper and paper.gmacs else "-"
-            shown.add_row(item.name, *cells(count_network(item)), params, gmacs)
-    say_table(shown)
+            rows.append((item.name, *cells(count_network(item)), params, gmacs))
+    say_table(("preset", *headings), rows, title="per image, one forward pass", drop=("FLOPs\nplain", "MACs\nplain"))
     say(
-        "plain: with keys and values of every shifted variant. run: the same function with their projections absorbed\n"
-        "(docs/design.md). FLOPs = 2 x MACs. The paper's 'GFLOPs' are MACs, and include only one of the T embedding "
+        "plain: with keys and values of every shifted variant. executed: the same function with their projections\n"
+        "absorbed (docs/design.md). FLOPs = 2 x MACs. The paper's 'GFLOPs' are MACs, and include only one of the T embedding "
         "convolutions."
     )
 
 
 def presets(as_json: Json = False) -> None:
     """List the presets."""
-    loaded = [read_preset(name, None) for name in preset_names()]
+    loaded = sorted((read_preset(name, None) for name in preset_names()), key=lambda item: count_network(item).macs_run)
     if as_json:
         print_json("presets", presets=[describe(item) for item in loaded])
         return
-    shown = table("preset", "dataset", "image", "params", "MACs run", "epochs", "training")
+    columns = ("preset", "dataset", "image size", "params", "MACs executed", "epochs", "training")
+    rows = []
     for item in loaded:
         total = count_network(item)
-        shown.add_row(
-            item.name,
-            item.data.dataset,
-            str(item.model.image_size),
-            mega(total.params),
-            giga(total.macs_run),
-            str(item.train.epochs),
-            in_words(training_flops(item, total)),
+        rows.append(
+            (
+                item.name,
+                item.data.dataset,
+                str(item.model.image_size),
+                mega(total.params),
+                operations(total.macs_run),
+                str(item.train.epochs),
+                in_words(training_flops(item, total)),
+            )
         )
-    say_table(shown)
-    say("training: 3 x 2 x MACs run x images x epochs. See one with: lsag train --preset NAME --dry-run")
+    say_table(columns, rows, drop=("epochs", "image size", "training"))
+    say("training: 3 x 2 x MACs executed x images x epochs. See one with: lsag train --preset NAME --dry-run")
     say("NAME-a to -e, -full, -i and -ii are the paper's ablations of any preset, such as cifar-nano-a.")
 
 
@@ -88,7 +90,7 @@ def stages_of(preset: Preset) -> list[Count]:
 
 
 def cells(total: Count) -> tuple[str, ...]:
-    return f"{total.params:,}", giga(total.macs), giga(total.flops), giga(total.macs_run)
+    return f"{total.params:,}", operations(total.macs), operations(total.flops), operations(total.macs_run)
 
 
 def training_flops(preset: Preset, total: Count) -> float | None:

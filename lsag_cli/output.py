@@ -5,14 +5,18 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
 
 SCHEMA_VERSION = 1
-NAMES = ("preset", "stage", "dataset", "class", "model", "image", "next")
+NAMES = ("preset", "stage", "dataset", "class", "model", "image")
+"""Columns of names."""
+MIN_NAME = 12
+"""Characters of a name that a narrow terminal still shows."""
 
 debug = False
 json_printed = False
@@ -35,11 +39,43 @@ def visible(name: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode() for one in name)
 
 
-def say_table(table: Table) -> None:
-    """Print a table on stdout at its full width: a narrow terminal may wrap it, but nothing is cut off."""
+def say_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, drop: Sequence[str] = ()
+) -> None:
+    """Print a table on stdout: columns of names aligned left, columns of figures right.
+
+    On a terminal that is too narrow, columns leave in the order of `drop`, and then the names in the first column lose
+    their beginning. Elsewhere every column is shown in full.
+    """
+    room = Console().width if is_terminal(sys.stdout) else sys.maxsize
+    hidden = 0
+    while hidden < len(drop) and _width(columns, rows, drop[:hidden]) > room:
+        hidden += 1
+    shown = [index for index, column in enumerate(columns) if column not in drop[:hidden]]
+    excess = max(0, _width(columns, rows, drop[:hidden]) - room)
+    longest = max(MIN_NAME, _column_width(columns, rows, 0) - excess)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for index in shown:
+        table.add_column(columns[index], justify="left" if columns[index] in NAMES else "right")
+    for row in rows:
+        first = row[0] if cell_len(row[0]) <= longest else f"...{set_cell_size(row[0][::-1], longest - 3)[::-1]}"
+        table.add_row(*(row[index] if index else first for index in shown))
     drawn = io.StringIO()
     Console(file=drawn, width=10_000, markup=False, emoji=False, highlight=False).print(table)
     say("\n".join(line.rstrip() for line in drawn.getvalue().splitlines()))
+    if hidden:
+        left_out = ", ".join(" ".join(column.split()) for column in columns if column in drop[:hidden])
+        note(f"no room for: {left_out}; widen the terminal, or see --json")
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[str]], without: Sequence[str]) -> int:
+    """The width of a table in cells of a terminal."""
+    widths = [_column_width(columns, rows, index) for index, name in enumerate(columns) if name not in without]
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _column_width(columns: Sequence[str], rows: Sequence[Sequence[str]], index: int) -> int:
+    return max(cell_len(line) for text in (columns[index], *(row[index] for row in rows)) for line in text.split("\n"))
 
 
 def stderr() -> Console:
@@ -50,14 +86,6 @@ def stderr() -> Console:
 def is_terminal(stream: TextIO) -> bool:
     """Whether a person reads the stream; progress and colours are for terminals only."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def table(*columns: str, title: str | None = None) -> Table:
-    """An empty table; columns of names are aligned left, columns of figures right."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in columns:
-        made.add_column(column, justify="left" if column in NAMES else "right")
-    return made
 
 
 def note(line: str) -> None:
@@ -105,9 +133,9 @@ def mega(number: float) -> str:
     return f"{number / 1e6:.2f} M"
 
 
-def giga(number: float) -> str:
-    """1234567890 -> '1.235 G'."""
-    return f"{number / 1e9:.3f} G"
+def operations(number: float) -> str:
+    """1234567890 -> '1.235 G', 1234567 -> '1.235 M'."""
+    return f"{number / 1e9:.3f} G" if number >= 1e7 else f"{number / 1e6:.3f} M"
 
 
 def percent(share: float | None) -> str:

@@ -8,7 +8,7 @@ from lsag.errors import UsageError
 from lsag_cli.display import counted, duration
 from lsag_cli.flops import count_network
 from lsag_cli.options import loading
-from lsag_cli.output import giga, print_json, say
+from lsag_cli.output import operations, print_json, say
 from lsag_cli.processes import TrainCommand
 
 
@@ -71,7 +71,7 @@ def show_figures(preset: Preset, plan: dict[str, Any]) -> None:
     of_steps = "as many steps as the folder has batches" if steps is None else counted(steps, "step")
     say("")
     say(f"parameters       {plan['parameters']:,}")
-    say(f"MACs per image   {giga(plan['macs'])}, {giga(plan['macs_run'])} executed")
+    say(f"MACs per image   {operations(plan['macs'])}, {operations(plan['macs_run'])} executed")
     say(f"steps            {counted(recipe.epochs, 'epoch')} of {of_steps}")
     say(f"effective batch  {recipe.batch_size} = {devices} x {slices} x {counted(plan['slice_size'], 'image')}")
     say(f"peak lr          {plan['peak_lr']:.3g} ({recipe.lr:g} x {recipe.batch_size} / 512)")

@@ -27,7 +27,7 @@ from lsag_cli.options import (
     note_fallback,
     refuse_existing,
 )
-from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, status, stderr, table, visible
+from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, status, stderr, visible
 
 if TYPE_CHECKING:
     from lsag.inference.predict import Prediction
@@ -123,15 +123,16 @@ def images_below(folder: str) -> Iterator[str]:
 
 
 def show(found: "Sequence[Prediction]") -> None:
-    """Print a row for each image: its likeliest class, then the next ones."""
-    shown = table("image", "class", "probability", "next")
+    """Print a row for each image: its likeliest class, then the runners-up."""
+    most = max(len(one.classes) for one in found)
+    runners_up = [f"runner-up {rank}" if most > 2 else "runner-up" for rank in range(1, most)]
+    rows = []
     for one in found:
-        if one.error:
-            shown.add_row(visible(str(one.image)), f"({visible(one.error)})", "-", "")
-            continue
         pairs = [(visible(name), percent(share)) for name, share in zip(one.classes, one.probabilities, strict=True)]
-        shown.add_row(visible(str(one.image)), *pairs[0], ", ".join(f"{name} {share}" for name, share in pairs[1:]))
-    say_table(shown)
+        best = pairs[0] if pairs else (f"({visible(one.error)})", "-")
+        others = [" ".join(pair) for pair in pairs[1:]]
+        rows.append((visible(str(one.image)), *best, *others, *[""] * (most - 1 - len(others if pairs else []))))
+    say_table(("image", "class", "probability", *runners_up), rows, drop=runners_up[::-1])
 
 
 def write_csv(found: "Sequence[Prediction]", path: Path, *, columns: int) -> None:

@@ -30,6 +30,7 @@ class ShiftEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.shifts = config.shifts
+        self.image_shape = (config.in_channels, config.image_size, config.image_size)
         self.padding_mode = "reflect" if config.variants == "translation" else "circular"
         self.extend = config.variants != "translation" and config.shift_mode == "extend"
         self.padding = config.patch_padding
@@ -50,8 +51,15 @@ class ShiftEmbedding(nn.Module):
         """The shifted copies, zero-padded for the convolution to P x P pixels; channels last in memory.
 
         Content moves px to the right and py down. What moves in is what moved out or, for translations, the mirrored
-        border. (B, C, height, width) -> (T, B, C, P, P).
+        border. (B, C, height, width) -> (T, B, C, P, P). ValueError for images of another shape than the model's, which
+        would be cut silently.
         """
+        if tuple(images.shape[1:]) != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise ValueError(
+                f"expected images of shape (batch, {expected}), got {tuple(images.shape)}; resize them, or build the "
+                f"model for their size (image_size, or img_size= in timm)"
+            )
         reach = max(abs(pixels) for shift in self.shifts for pixels in shift)
         height, width = images.shape[2:]
         wider = F.pad(images, (reach,) * 4, mode=self.padding_mode).contiguous(memory_format=torch.channels_last)

@@ -98,11 +98,6 @@ class LSAG(TimmMethods):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, C, image_size, image_size) -> (B, N, D) tokens of the last stage, after its norm."""
-        expected = (self.config.in_channels, self.config.image_size, self.config.image_size)
-        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"expected images of shape (batch, {', '.join(map(str, expected))}), got {tuple(images.shape)}"
-            )
         x = self.stages[0](images, self.embed)
         for stage in self.stages[1:]:
             x = stage(x)
