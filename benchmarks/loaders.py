@@ -17,7 +17,8 @@ from lsag import load_preset
 from lsag.bench import image_shape, make_run, open_contender, seconds
 from lsag.data.loading import EpochBatches, batches, train_loader
 from lsag.data.sources import FolderSource, open_split
-from lsag.device import available_cores, choose_device
+from lsag.device import choose_device
+from lsag.machine import available_cores
 
 BATCH_SIZE = {"cifar-nano": 128}
 IMAGES = 4_096

@@ -384,10 +384,12 @@ def validate_preset(values: Mapping[str, Any], *, origin: str) -> Preset:
     try:
         return Preset.model_validate(values)
     except ValidationError as error:
-        raise UsageError(
-            f"{origin}: {'; '.join(_explain(problem) for problem in error.errors())}",
-            "change it with --set KEY=VALUE or in the file",
-        ) from error
+        raise UsageError(f"{origin}: {in_one_line(error)}", "change it with --set KEY=VALUE or in the file") from error
+
+
+def in_one_line(error: ValidationError) -> str:
+    """Everything that is wrong, by its keys."""
+    return "; ".join(_explain(problem) for problem in error.errors())
 
 
 def _explain(problem: Any) -> str:

@@ -1,7 +1,6 @@
 """The device that a model runs on, and its setup."""
 
 import ctypes
-import os
 import resource
 import sys
 from contextlib import AbstractContextManager
@@ -28,11 +27,6 @@ def choose_device(name: str = "auto", *, keep_memory: bool = True) -> torch.devi
     if device.type == "cpu" and keep_memory:
         _keep_freed_memory()
     return device
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:

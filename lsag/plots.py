@@ -17,6 +17,9 @@ from lsag.files import replacing
 if TYPE_CHECKING:
     from lsag.inference.explain import Explanation
 
+CONFUSED_PAIRS = 10
+"""Pairs of classes that the picture of a large confusion matrix names."""
+
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """Loss and accuracy over the epochs, from the rows of metrics.jsonl."""
@@ -36,12 +39,16 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
+        if marker:
+            axes.set_xticks(epochs)
     figure.suptitle(_plain(title))
     _save(figure, path)
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, title: str) -> None:
     """The confusion matrix (true, predicted): colours in percent of a row, counts and names where there is room.
+
+    Where there is no room for the names, the pairs that are confused most often are named below.
 
     scikit-learn's ConfusionMatrixDisplay writes all zeros and all names, and colours by the numbers that it writes.
     """
@@ -54,6 +61,15 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, tit
     if count <= 30:
         axes.set_xticks(range(count), names, rotation=45, ha="right")
         axes.set_yticks(range(count), names)
+    else:
+        errors = confusion.clone().fill_diagonal_(0).flatten()
+        most = errors.topk(CONFUSED_PAIRS)
+        pairs = [
+            f"{number} x {names[place // count]}, taken for {names[place % count]}"
+            for number, place in zip(most.values.tolist(), most.indices.tolist(), strict=True)
+            if number
+        ]
+        figure.supxlabel("\n".join(["confused most often:", *pairs]), x=0.05, ha="left", fontsize=9)
     if count <= 20:
         for row in range(count):
             for column in range(count):
@@ -66,15 +82,21 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, tit
     _save(figure, path)
 
 
-def draw_bench(speeds: Mapping[str, Mapping[str, float]], path: Path, *, title: str) -> None:
-    """Images per second of each contender as a bar; `speeds` has a panel's contenders by name, for each group."""
+def draw_bench(speeds: Mapping[str, Mapping[str, tuple[float, float]]], path: Path, *, title: str) -> None:
+    """Images per second of each contender as a bar with its spread.
+
+    `speeds` has, for each group a panel is drawn of, its contenders by name: images per second, and relative spread.
+    """
     heights = [len(panel) for panel in speeds.values()]
     figure, panels = _figure(len(speeds), 1, (10, 0.35 * sum(heights) + 1.2 * len(heights)), height_ratios=heights)
     for axes, (group, panel) in zip(panels.flat if len(speeds) > 1 else [panels], speeds.items(), strict=True):
         colors = ["tab:gray" if ":" in name else "tab:blue" for name in panel]
         names = [_plain(name).replace(",", "\n", 1) for name in panel]
-        bars = axes.barh(names, list(panel.values()), color=colors)
-        axes.bar_label(bars, [f"{speed:,.1f}" for speed in panel.values()], padding=3)
+        rates = [rate for rate, _ in panel.values()]
+        whiskers = {"ecolor": "black", "capsize": 3}
+        spreads = [rate * spread for rate, spread in panel.values()]
+        bars = axes.barh(names, rates, xerr=spreads, color=colors, error_kw=whiskers)
+        axes.bar_label(bars, [f"{rate:,.1f}" for rate in rates], padding=3)
         axes.invert_yaxis()
         axes.margins(x=0.16)
         axes.tick_params(axis="y", labelsize=8)
@@ -86,7 +108,7 @@ def draw_bench(speeds: Mapping[str, Mapping[str, float]], path: Path, *, title: 
 def draw_table(rows: Sequence[tuple[str, Sequence[float], float | None]], path: Path, *, title: str) -> None:
     """Top-1 accuracies in percent of rows (name, of each seed, of the paper if it has one).
 
-    Every seed is a dot, their mean a line; the paper's are in a panel of their own.
+    Every seed is a dot, their mean a line; the paper's are in a panel of their own, at the same scale.
     """
     figure, (left, right) = _figure(1, 2, (10, 0.45 * len(rows) + 1.8), sharey=True)
     for place, (_, top1, paper_top1) in enumerate(rows):
@@ -99,17 +121,27 @@ def draw_table(rows: Sequence[tuple[str, Sequence[float], float | None]], path: 
     left.invert_yaxis()
     left.set(xlabel="top-1 accuracy (%)", title="here: each seed, and the mean")
     right.set(xlabel="top-1 accuracy (%)", title="the paper")
+    span = max(limits[1] - limits[0] for limits in (left.get_xlim(), right.get_xlim()))
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        middle = sum(axes.get_xlim()) / 2
+        axes.set_xlim(middle - span / 2, middle + span / 2)
     figure.suptitle(_plain(title))
     _save(figure, path)
 
 
 def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> None:
-    """Above, the shifts that the local attention chose; below, where the chosen token looks in each stage."""
+    """Above, the shifts that the local attention chose; below, where the chosen token looks in each stage.
+
+    The choice of a shift fades where it is barely one: the colour is full at a weight of 1, white at that of a uniform
+    choice. Attention is in multiples of uniform attention, at one scale for all stages.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import Rectangle
+
     heads, stages = len(explanation.local), explanation.stages
     columns = max(heads + 4, len(stages) + 1)
-    figure, panels = _figure(2, columns, (2.3 * columns, 5.6))
+    figure, panels = _figure(2, columns, (2.3 * columns, 5.8))
     size = len(explanation.pixels)
     pixels = explanation.pixels.squeeze(2) if explanation.pixels.shape[2] == 1 else explanation.pixels
     extent = (-0.5, size - 0.5, size - 0.5, -0.5)
@@ -121,12 +153,11 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
         axes.set_title(label, fontsize=9)
         return axes
 
-    colors = [_shift_color(shift, explanation.shifts) for shift in explanation.shifts]
-    mean = explanation.local.mean(dim=0)
-    axes = show(panels[0, 0], "\n".join(f"{_plain(name)} {100 * share:.1f} %" for name, share in explanation.classes))
+    axes = show(panels[0, 0], "input of the model")
     axes.plot(*explanation.point, "+", color="red", markersize=12, markeredgewidth=2)
 
     # The mean shift that each patch attends to, as an arrow; where there are too many, one for each block of patches.
+    mean = explanation.local.mean(dim=0)
     shifts = torch.tensor(explanation.shifts, dtype=torch.float32)
     across, down = torch.einsum("tyx,tc->cyx", mean, shifts)
     step = max(1, len(across) // 16)
@@ -135,25 +166,35 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
     axes = show(panels[0, 1], "mean shift", faint=True)
     axes.quiver(centers, centers, across, down, angles="xy", color="black", width=0.008)
 
+    colors = torch.tensor([_shift_color(shift, explanation.shifts) for shift in explanation.shifts])
+    uniform = 1 / len(shifts)
     for index, weights in enumerate([mean, *explanation.local]):
         axes = panels[0, 2 + index]
-        chosen = torch.tensor(colors)[weights.argmax(dim=0)]
-        axes.imshow(chosen, extent=extent, interpolation="nearest")
+        strongest, chosen = weights.max(dim=0)
+        strength = ((strongest - uniform) / max(1 - uniform, 1e-9)).clamp(0, 1)[..., None].sqrt()
+        axes.imshow(1 - strength + strength * colors[chosen], extent=extent, interpolation="nearest")
         axes.set_title("strongest shift,\nmean of heads" if index == 0 else f"head {index}", fontsize=9)
     axes = panels[0, 3 + heads]
     shown = axes.imshow(explanation.entropy, cmap="viridis", extent=extent, interpolation="nearest", vmin=0)
     axes.set_title("entropy (bits)", fontsize=9)
     figure.colorbar(shown, ax=axes, fraction=0.046)
 
-    for index, weights in enumerate(stages):
-        if weights is not None:
-            axes = show(
-                panels[1, index],
-                f"stage {index + 1}: attention of +\n{len(weights[0])} x {len(weights[0])} tokens",
-                faint=True,
-            )
-            axes.imshow(weights.mean(dim=0), cmap="inferno", alpha=0.75, extent=extent, interpolation="nearest")
-            axes.plot(*explanation.point, "+", color="cyan", markersize=10, markeredgewidth=2)
+    multiples = [None if weights is None else weights.mean(dim=0) * weights[0].numel() for weights in stages]
+    top = max(4.0, *(float(attention.max()) for attention in multiples if attention is not None))
+    for index, attention in enumerate(multiples):
+        if attention is None:
+            continue
+        side = len(attention)
+        axes = show(panels[1, index], f"stage {index + 1}: attention of \u25a1,\n{side} x {side} tokens", faint=True)
+        scale = LogNorm(1 / top, top, clip=True)
+        shown = axes.imshow(attention, "PuOr_r", scale, alpha=0.75, extent=extent, interpolation="nearest")
+        token = size / side
+        corner = [place // token * token - 0.5 for place in explanation.point]
+        axes.add_patch(Rectangle(corner, token, token, fill=False, edgecolor="black", linewidth=1.5))
+    if any(attention is not None for attention in multiples):
+        bar = figure.colorbar(shown, ax=panels[1, -1], fraction=0.046, label="times uniform attention")
+        bar.set_ticks([1 / top, 1, top], labels=[f"1/{top:.0f}", "1", f"{top:.0f}"])
+        bar.minorticks_off()
     axes = panels[1, len(stages)]
     axes.axis("on")
     axes.scatter(*shifts.T, c=colors, s=160, marker="s", edgecolors="black", linewidths=0.5)
@@ -161,17 +202,23 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
     axes.set(aspect="equal", xlabel="right (pixels)", ylabel="down (pixels)")
     axes.set_title("colour of each shift", fontsize=9)
     axes.margins(0.2)
-    figure.suptitle(_plain(title))
+    classes = ", ".join(f"{name} {100 * share:.1f} %" for name, share in explanation.classes)
+    figure.suptitle(_plain(f"{title}\n{classes}"), fontsize=11)
     _save(figure, path)
 
 
-def _shift_color(shift: tuple[int, int], shifts: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
-    """The RGB colour of a shift: its direction as hue, its length as saturation; the unshifted variant is white."""
-    from matplotlib.colors import hsv_to_rgb
+def _shift_color(shift: tuple[int, int], shifts: Sequence[tuple[int, int]]) -> list[float]:
+    """The RGB colour of a shift: its direction on a cyclic map, paler if it is short; the unshifted variant is yellow.
 
-    length = math.hypot(*shift) / max(1.0, *(math.hypot(*other) for other in shifts))
-    hue = (math.atan2(shift[1], shift[0]) / (2 * math.pi)) % 1
-    return tuple(hsv_to_rgb((hue, 0.25 + 0.75 * length if length else 0.0, 0.95)).tolist())
+    The map is one whose order of brightness and colours survives colour blindness.
+    """
+    from matplotlib import colormaps
+
+    if not any(shift):
+        return [0.94, 0.89, 0.26]
+    strength = 0.3 + 0.7 * math.hypot(*shift) / max(math.hypot(*other) for other in shifts)
+    turn = (math.atan2(shift[1], shift[0]) / (2 * math.pi)) % 1
+    return [0.75 * (1 - strength) + strength * part for part in colormaps["twilight_shifted"](turn)[:3]]
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> Any:

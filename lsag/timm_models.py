@@ -6,9 +6,10 @@ They take timm's arguments `num_classes`, `in_chans`, `img_size`, `drop_path_rat
 import sys
 from typing import Any
 
+from pydantic import ValidationError
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from lsag.config import ModelConfig
+from lsag.config import ModelConfig, in_one_line
 from lsag.errors import UsageError
 from lsag.model.build import ARGUMENTS
 from lsag.model.network import LSAG
@@ -61,7 +62,10 @@ def _build(variant: str, **arguments: Any) -> LSAG:
     headless = changes.get("num_classes") == 0
     if headless:
         del changes["num_classes"]
-    config = ModelConfig(**{**_preset_model(PRESETS[variant]).model_dump(), **changes})
+    try:
+        config = ModelConfig(**{**_preset_model(PRESETS[variant]).model_dump(), **changes})
+    except ValidationError as error:
+        raise UsageError(f"{variant}: {in_one_line(error)}", "pass another value") from error
     model = LSAG(config)
     model.in_chans = config.in_channels  # type: ignore[assignment]  # where timm's scripts look for it
     model.feature_info = [  # type: ignore[assignment]

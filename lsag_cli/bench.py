@@ -9,6 +9,7 @@ import typer
 
 from lsag import config
 from lsag.errors import UsageError
+from lsag.machine import processor
 from lsag_cli.options import (
     BatchSize,
     Device,
@@ -122,8 +123,9 @@ def bench(
     if plot:
         speeds = {}
         for group, found in measured.items():
-            speeds[group] = {result.name: result.images_per_second for result in found.results}
-        draw_bench(speeds, plot, title=f"{mode}, batch {batch_size}, {found.dtype} on {found.device}")
+            speeds[group] = {result.name: (result.images_per_second, result.spread) for result in found.results}
+        place = f"{processor()}, {found.threads} threads" if found.device == "cpu" else found.device
+        draw_bench(speeds, plot, title=f"{mode}, batch {batch_size}, {found.dtype} on {place}; whiskers: quartiles")
     if as_json:
         figures = [{"group": group, **asdict(found)} for group, found in measured.items()]
         return print_json(

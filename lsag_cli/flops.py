@@ -43,8 +43,8 @@ def flops(
     say_table(("preset", *headings), rows, title="per image, one forward pass", drop=("FLOPs\nplain", "MACs\nplain"))
     say(
         "plain: with keys and values of every shifted variant. executed: the same function with their projections\n"
-        "absorbed (docs/design.md). FLOPs = 2 x MACs. The paper's 'GFLOPs' are MACs, and include only one of the T embedding "
-        "convolutions."
+        "absorbed (docs/design.md). FLOPs = 2 x MACs. The paper's 'GFLOPs' are MACs, and include only one of the T "
+        "embedding convolutions."
     )
 
 

@@ -16,6 +16,7 @@ import typer
 from lsag.config import DATASETS, parse_overrides
 from lsag.errors import CheckError, InterruptedByUserError, OutputError, TerminatedError, UsageError
 from lsag.files import replacing, writing
+from lsag.machine import available_cores
 from lsag.paper.reproduce import Run, Summary, execute, markdown, plan, summarise
 from lsag.paper.tables import TABLES, Scale
 from lsag.training.signals import StopRequestedError
@@ -171,8 +172,6 @@ def devices_here(device: str) -> tuple[list[str], int]:
     """The GPUs over which trainings may be spread, and the number of CPU cores."""
     with loading():
         import torch
-
-        from lsag.device import available_cores
 
     if device not in ("auto", "cuda") or not torch.cuda.is_available():
         return [], available_cores()

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 # Lower rooms first. A package or file imports only from itself and from levels below its own.
 LEVELS = (
     ("errors",),
-    ("failpoints", "device"),
+    ("failpoints", "device", "machine"),
     ("files", "config"),
     ("presets", "plots"),
     ("model", "data"),

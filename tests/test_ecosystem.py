@@ -45,6 +45,9 @@ def test_timms_arguments():
     assert timm.create_model(SMALL, num_classes=0)(torch.randn(2, 3, 32, 32)).shape == (2, 128)
     with pytest.raises(UsageError, match="square"):
         timm.create_model(SMALL, img_size=(16, 32))
+    with pytest.raises(UsageError, match=r"image_size 33 is not a multiple of patch_stride 2; use 32 or 34") as refusal:
+        timm.create_model(SMALL, img_size=33)
+    assert len(str(refusal.value).splitlines()) == 1
     with pytest.raises(UsageError, match="window_size"):
         timm.create_model(SMALL, window_size=7)
     with pytest.raises(RuntimeError):
@@ -67,6 +70,9 @@ def test_features_are_those_of_the_stages():
     extractor.load_state_dict({f"model.{key}": value for key, value in model.state_dict().items()}, strict=False)
     for ours, theirs in zip(extractor(x), features[:2], strict=True):
         torch.testing.assert_close(ours, theirs)
+    for other in (torch.zeros(1, 3, 40, 40), torch.zeros(1, 3, 32, 24), torch.zeros(1, 3, 8, 8)):
+        with pytest.raises(ValueError, match="img_size="):
+            extractor(other)
 
 
 def test_timm_is_imported_only_where_it_is_used():

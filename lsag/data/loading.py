@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lsag.config import Preset
 from lsag.data.sources import Source
 from lsag.data.transforms import eval_transform, train_transform
-from lsag.device import available_cores
 from lsag.errors import InputError, UsageError, WorkerError, first_line
+from lsag.machine import available_cores
 
 WORKER_TIMEOUT = 120
 """Seconds that workers may take to prepare a batch."""

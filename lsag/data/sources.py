@@ -15,8 +15,8 @@ from torchvision import datasets
 
 from lsag.config import DATASETS, check_dataset
 from lsag.data.transforms import upright
-from lsag.device import available_cores
 from lsag.errors import InputError, UnavailableError, first_line
+from lsag.machine import available_cores
 
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200

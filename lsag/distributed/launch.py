@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lsag.errors import LsagError, UnavailableError, WorkerError, first_line
+from lsag.machine import available_cores
 
 LAUNCH_FOLDER, LAUNCHER = "LSAG_LAUNCH_FOLDER", "LSAG_LAUNCHER"
 SILENT_SECONDS = 60
@@ -45,8 +46,6 @@ def launch(
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    from lsag.device import available_cores
 
     logging.disable(logging.CRITICAL)  # the agent logs everything it does
     folder = Path(tempfile.mkdtemp(prefix="lsag-launch-"))

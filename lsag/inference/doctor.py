@@ -15,11 +15,13 @@ from lsag.errors import LsagError, first_line
 from lsag.inference.providers import (
     distributions,
     driver_version,
+    has_gpu,
     how_to_fix,
     missing_library,
     onnxruntime_cuda,
     torch_cuda,
 )
+from lsag.machine import available_cores, memory, processor
 
 Purpose = Literal["train", "gpu-inference"]
 BOTH: tuple[Purpose, ...] = ("train", "gpu-inference")
@@ -41,8 +43,11 @@ class Finding:
 def examine(data_dir: Path, out: Path) -> Iterator[Finding]:
     """Examine everything, including datasets in `data_dir` and the disk of `out`; nothing is downloaded."""
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
-    packages = [_package(name) for name in ("torch", "torchvision", "timm", "onnx", "onnxscript")]
-    yield from packages
+    yield Finding("processor", f"{processor()}, {available_cores()} cores, {memory() / 2**30:.0f} GiB of memory")
+    packages = []
+    for name in ("torch", "torchvision", "timm", "onnx", "onnxscript"):
+        packages.append(_package(name))
+        yield packages[-1]
     if not packages[0].problem:
         yield from _torch()
         yield from _onnxruntime()
@@ -69,7 +74,8 @@ def _package(name: str) -> Finding:
 
 def _torch() -> Iterator[Finding]:
     driver = driver_version()
-    yield Finding("NVIDIA driver", driver or "none", "" if driver else "none", "install it", () if driver else BOTH[1:])
+    problem, fix = ("none", "install it") if has_gpu() else ("this machine has no NVIDIA GPU", "")
+    yield Finding("NVIDIA driver", driver or "none", *(() if driver else (problem, fix, BOTH[1:])))
     import torch
 
     yield Finding("torch's CUDA", torch_cuda() or "none")
@@ -103,7 +109,7 @@ def _onnxruntime() -> Iterator[Finding]:
             reason = f"{missing} is missing"
         value = f"does not load: {reason}" if reason else "runs"
         if provider == "CUDAExecutionProvider":
-            yield Finding(provider, value, reason, how_to_fix("cuda"), BOTH[1:] if reason else ())
+            yield Finding(provider, value, reason, how_to_fix("cuda") if has_gpu() else "", BOTH[1:] if reason else ())
         else:
             yield Finding(provider, value)
 
@@ -141,5 +147,5 @@ def _dataset(name: str, data_dir: Path) -> Finding:
     try:
         found = open_split(name, data_dir, train=True, mode="RGB", download=False)
     except LsagError as error:
-        return Finding(name, f"not found: {error.what}")
+        return Finding(name, error.what)
     return Finding(name, f"{len(found):,} training images of {len(found.classes)} classes in {data_dir}")

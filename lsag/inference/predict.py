@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lsag.data.sources import open_image
-from lsag.device import available_cores
 from lsag.errors import InputError
 from lsag.inference.classifier import Classifier
 from lsag.inference.session import Session
+from lsag.machine import available_cores
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,12 @@ def has_driver() -> bool:
     return True
 
 
+def has_gpu() -> bool:
+    """Whether there may be a GPU by NVIDIA: on Linux the PCI bus is looked at, elsewhere it is not known."""
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return sys.platform != "linux" or has_driver() or any(path.read_text().strip() == "0x10de" for path in vendors)
+
+
 def torch_cuda() -> str | None:
     """The CUDA version that torch was built for; None for a build without CUDA."""
     spec = importlib.util.find_spec("torch")
@@ -146,7 +152,7 @@ def how_to_fix(provider: str) -> str:
     if onnxruntime_cuda() is None:
         return "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
     if driver_version() is None:
-        return "install the NVIDIA driver, or use --provider cpu"
+        return "install the NVIDIA driver, or use --provider cpu" if has_gpu() else "use --provider cpu"
     ours, torchs = ((version or "").split(".")[0] for version in (onnxruntime_cuda(), torch_cuda()))
     if ours != torchs:
         return f"install torch and onnxruntime-gpu for the same CUDA ({torchs or 'none'} and {ours} now)"

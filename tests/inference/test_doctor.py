@@ -12,7 +12,7 @@ def test_what_is_there_is_found_by_trying(folder):
     assert found["torch"].value == torch.__version__.split("+")[0] and not found["torch"].problem
     assert found["CPUExecutionProvider"].value == "runs"
     assert found["folder"].value.startswith("8 training images of 2 classes")
-    assert found["cifar10"].value.startswith("not found")
+    assert found["cifar10"].value.startswith("no cifar10 in")
     assert "GB free" in found["disk"].value
     assert not (folder / "runs").exists()
 

@@ -198,10 +198,12 @@ def test_features_head_and_classifier():
     assert torch.equal(model(batch), features.mean(dim=1))
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 12, 13), (1, 1, 12, 12), (3, 12, 12)])
+@pytest.mark.parametrize("shape", [(1, 3, 12, 13), (1, 1, 12, 12), (1, 3, 24, 24), (1, 3, 6, 6), (3, 12, 12)])
 def test_refuses_images_of_another_shape(shape):
-    with pytest.raises(ValueError, match=r"expected images of shape \(batch, 3, 12, 12\)"):
-        LSAG(small_config())(torch.zeros(shape))
+    model = LSAG(small_config())
+    for entry in (model, model.forward_features, model.forward_intermediates, model.embed):
+        with pytest.raises(ValueError, match=r"expected images of shape \(batch, 3, 12, 12\).*img_size="):
+            entry(torch.zeros(shape))
 
 
 @pytest.mark.parametrize(
