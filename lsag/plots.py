@@ -189,8 +189,8 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
         scale = LogNorm(1 / top, top, clip=True)
         shown = axes.imshow(attention, "PuOr_r", scale, alpha=0.75, extent=extent, interpolation="nearest")
         token = size / side
-        corner = [place // token * token - 0.5 for place in explanation.point]
-        axes.add_patch(Rectangle(corner, token, token, fill=False, edgecolor="black", linewidth=1.5))
+        left, top_edge = (place // token * token - 0.5 for place in explanation.point)
+        axes.add_patch(Rectangle((left, top_edge), token, token, fill=False, edgecolor="black", linewidth=1.5))
     if any(attention is not None for attention in multiples):
         bar = figure.colorbar(shown, ax=panels[1, -1], fraction=0.046, label="times uniform attention")
         bar.set_ticks([1 / top, 1, top], labels=[f"1/{top:.0f}", "1", f"{top:.0f}"])

@@ -10,6 +10,7 @@ import typer
 from lsag import config
 from lsag.errors import UsageError
 from lsag.machine import processor
+from lsag_cli.display import counted
 from lsag_cli.options import (
     BatchSize,
     Device,
@@ -22,7 +23,7 @@ from lsag_cli.options import (
     refuse_existing,
     renamed,
 )
-from lsag_cli.output import is_terminal, mega, operations, percent, print_json, say, say_table, stderr
+from lsag_cli.output import is_terminal, mega, operations, percent, print_json, say, say_prose, say_table, stderr
 
 if TYPE_CHECKING:
     from lsag.bench import Result
@@ -124,7 +125,7 @@ def bench(
         speeds = {}
         for group, found in measured.items():
             speeds[group] = {result.name: (result.images_per_second, result.spread) for result in found.results}
-        place = f"{processor()}, {found.threads} threads" if found.device == "cpu" else found.device
+        place = f"{processor()}, {counted(found.threads, 'thread')}" if found.device == "cpu" else found.device
         draw_bench(speeds, plot, title=f"{mode}, batch {batch_size}, {found.dtype} on {place}; whiskers: quartiles")
     if as_json:
         figures = [{"group": group, **asdict(found)} for group, found in measured.items()]
@@ -141,7 +142,9 @@ def bench(
         how = f"{mode}, batch {batch_size}, {found.dtype}{', compiled' if compile else ''}"
         how += "" if recompute == "none" else f", recompute {recompute}"
         how += ", system allocator" if system_allocator else ""
-        where = f"{found.device}, {found.threads} threads, matrix products {operations(found.matrix_rate)}MACs/s"
+        where = (
+            f"{found.device}, {counted(found.threads, 'thread')}, matrix products {operations(found.matrix_rate)}MACs/s"
+        )
         columns, rows = list(COLUMNS), [list(cells(result)) for result in found.results]
         if peers:
             columns.append("paper's\nimg/s")
@@ -149,7 +152,7 @@ def bench(
                 paper = groups[group][result.name]
                 row.append(f"{paper:,.1f}" if paper else "-")
         say_table(columns, rows, title=f"{group} {how} on {where}".lstrip(), drop=DROP)
-    say(
+    say_prose(
         "ratio: img/s over the first contender's. of matmul: MACs/s over the rate of matrix products in the same run. "
         "memory: peak of tensors, without libraries."
     )

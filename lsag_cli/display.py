@@ -106,7 +106,7 @@ def tensorboard_writer(started: "Started") -> Any:
 
 def counted(number: int, noun: str) -> str:
     """1, "slice" -> "1 slice"; 2, "slice" -> "2 slices"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def duration(seconds: float) -> str:

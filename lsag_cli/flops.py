@@ -9,7 +9,7 @@ from lsag.errors import UsageError
 from lsag.model.flops import Count, count, count_stages
 from lsag.presets import preset_names
 from lsag_cli.options import Json, Model, Overrides, complete_preset, loading, read_preset
-from lsag_cli.output import mega, operations, print_json, say, say_table
+from lsag_cli.output import mega, operations, print_json, say_prose, say_table
 
 
 def flops(
@@ -41,8 +41,8 @@ def flops(
             gmacs = f"{paper.gmacs} G" if paper and paper.gmacs else "-"
             rows.append((item.name, *cells(count_network(item)), params, gmacs))
     say_table(("preset", *headings), rows, title="per image, one forward pass", drop=("FLOPs\nplain", "MACs\nplain"))
-    say(
-        "plain: with keys and values of every shifted variant. executed: the same function with their projections\n"
+    say_prose(
+        "plain: with keys and values of every shifted variant. executed: the same function with their projections "
         "absorbed (docs/design.md). FLOPs = 2 x MACs. The paper's 'GFLOPs' are MACs, and include only one of the T "
         "embedding convolutions."
     )
@@ -70,8 +70,8 @@ def presets(as_json: Json = False) -> None:
             )
         )
     say_table(columns, rows, drop=("epochs", "image size", "training"))
-    say("training: 3 x 2 x MACs executed x images x epochs. See one with: lsag train --preset NAME --dry-run")
-    say("NAME-a to -e, -full, -i and -ii are the paper's ablations of any preset, such as cifar-nano-a.")
+    say_prose("training: 3 x 2 x MACs executed x images x epochs. See one with: lsag train --preset NAME --dry-run")
+    say_prose("NAME-a to -e, -full, -i and -ii are the paper's ablations of any preset, such as cifar-nano-a.")
 
 
 def count_network(preset: Preset) -> Count:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
@@ -34,6 +35,11 @@ def say(text: str) -> None:
         raise ReaderGoneError from error
 
 
+def say_prose(text: str) -> None:
+    """Print sentences on stdout, broken between words where a terminal ends."""
+    say(textwrap.fill(text, Console().width) if is_terminal(sys.stdout) else text)
+
+
 def visible(name: str) -> str:
     """A name with its control characters escaped, which a terminal would obey."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode() for one in name)
@@ -54,7 +60,9 @@ def say_table(
     shown = [index for index, column in enumerate(columns) if column not in drop[:hidden]]
     excess = max(0, _width(columns, rows, drop[:hidden]) - room)
     longest = max(MIN_NAME, _column_width(columns, rows, 0) - excess)
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    if title:
+        say_prose(title)
+    table = Table(box=None, pad_edge=False)
     for index in shown:
         table.add_column(columns[index], justify="left" if columns[index] in NAMES else "right")
     for row in rows:

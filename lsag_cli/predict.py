@@ -13,6 +13,7 @@ import typer
 
 from lsag.errors import InputError, UsageError
 from lsag.files import replacing
+from lsag_cli.display import counted
 from lsag_cli.options import (
     BatchSize,
     Device,
@@ -87,7 +88,7 @@ def predict(
         return print_json("predict", model=str(model), device=classifier.device_name, predictions=rows, **profiled)
     if not csv_file:
         show(found)
-    say(f"{len(found) - broken:,} images, {classifier.device_name}{f'; {csv_file}' if csv_file else ''}")
+    say(f"{counted(len(found) - broken, 'image')}, {classifier.device_name}{f'; {csv_file}' if csv_file else ''}")
     if nodes:
         say(nodes_line(nodes))
     if broken:
