@@ -180,7 +180,7 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
     figure.colorbar(shown, ax=axes, fraction=0.046)
 
     multiples = [None if weights is None else weights.mean(dim=0) * weights[0].numel() for weights in stages]
-    top = max(4.0, *(float(attention.max()) for attention in multiples if attention is not None))
+    top = max([4.0, *(float(attention.max()) for attention in multiples if attention is not None)])
     for index, attention in enumerate(multiples):
         if attention is None:
             continue
@@ -189,8 +189,8 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
         scale = LogNorm(1 / top, top, clip=True)
         shown = axes.imshow(attention, "PuOr_r", scale, alpha=0.75, extent=extent, interpolation="nearest")
         token = size / side
-        left, top_edge = (place // token * token - 0.5 for place in explanation.point)
-        axes.add_patch(Rectangle((left, top_edge), token, token, fill=False, edgecolor="black", linewidth=1.5))
+        x, y = (place // token * token - 0.5 for place in explanation.point)
+        axes.add_patch(Rectangle((x, y), token, token, fill=False, edgecolor="black", linewidth=1.5))
     if any(attention is not None for attention in multiples):
         bar = figure.colorbar(shown, ax=panels[1, -1], fraction=0.046, label="times uniform attention")
         bar.set_ticks([1 / top, 1, top], labels=[f"1/{top:.0f}", "1", f"{top:.0f}"])
