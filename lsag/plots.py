@@ -17,6 +17,8 @@ from lsag.files import replacing
 if TYPE_CHECKING:
     from lsag.inference.explain import Explanation
 
+MAX_CELLS = 1000
+"""Rows of a picture of a confusion matrix; there are no more pixels."""
 CONFUSED_PAIRS = 10
 """Pairs of classes that the picture of a large confusion matrix names."""
 
@@ -48,11 +50,19 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str)
 def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, title: str) -> None:
     """The confusion matrix (true, predicted): colours in percent of a row, counts and names where there is room.
 
-    Where there is no room for the names, the pairs that are confused most often are named below.
+    Where there is no room for the names, the pairs that are confused most often are named below. A cell of a sparse
+    matrix stands for as many classes as there are to a pixel.
 
     scikit-learn's ConfusionMatrixDisplay writes all zeros and all names, and colours by the numbers that it writes.
     """
     count, names = len(classes), [_plain(name) for name in classes]
+    cell, counts = 1, confusion if confusion.is_sparse else confusion.to_sparse()
+    if confusion.is_sparse:
+        cell = math.ceil(count / MAX_CELLS)
+        side = math.ceil(count / cell)
+        confusion = torch.sparse_coo_tensor(
+            counts.indices() // cell, counts.values(), (side, side), check_invariants=True
+        ).to_dense()
     size = min(max(4.5, 0.55 * count + 2), 14)
     figure, axes = _figure(1, 1, (size, size))
     share = 100 * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
@@ -62,12 +72,12 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, tit
         axes.set_xticks(range(count), names, rotation=45, ha="right")
         axes.set_yticks(range(count), names)
     else:
-        errors = confusion.clone().fill_diagonal_(0).flatten()
-        most = errors.topk(CONFUSED_PAIRS)
+        (true, predicted), numbers = counts.indices(), counts.values() * (counts.indices()[0] != counts.indices()[1])
+        most = numbers.topk(min(CONFUSED_PAIRS, len(numbers))).indices.tolist()
         pairs = [
-            f"{number} x {names[place // count]}, taken for {names[place % count]}"
-            for number, place in zip(most.values.tolist(), most.indices.tolist(), strict=True)
-            if number
+            f"{numbers[place]} x {names[true[place]]}, taken for {names[predicted[place]]}"
+            for place in most
+            if numbers[place]
         ]
         figure.supxlabel("\n".join(["confused most often:", *pairs]), x=0.05, ha="left", fontsize=9)
     if count <= 20:
@@ -78,7 +88,8 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, tit
                     axes.text(
                         column, row, int(confusion[row, column]), ha="center", va="center", color=color, fontsize=8
                     )
-    axes.set(xlabel="predicted", ylabel="true", title=_plain(title))
+    each = f" ({cell} classes to a cell)" if cell > 1 else ""
+    axes.set(xlabel="predicted", ylabel=f"true{each}", title=_plain(title))
     _save(figure, path)
 
 

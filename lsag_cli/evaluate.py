@@ -4,7 +4,7 @@ import csv
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -33,6 +33,8 @@ from lsag_cli.options import (
 from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, visible
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lsag.inference.evaluate import Evaluation
 
 
@@ -40,6 +42,10 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or an exported .onnx graph.", show_default=False)],
     dataset: Dataset = None,
     data_dir: DataDir = None,
+    split: Annotated[
+        Literal["val", "test"] | None,
+        typer.Option(help="For folder and imagenet: the split to evaluate.", show_default="val, else test"),
+    ] = None,
     device: Device = "auto",
     provider: Provider = None,
     precision: Precision = "auto",
@@ -69,58 +75,87 @@ def evaluate(
 
         from lsag.inference.evaluate import evaluate_file
         from lsag.inference.session import Session
-        from lsag.plots import draw_confusion
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=stderr(), transient=True, disable=not is_terminal(sys.stderr)) as bar:
-        task = bar.add_task("images", total=None)
+        task = bar.add_task("images", total=None, visible=False)
         result = evaluate_file(
             checkpoint,
             dataset=dataset,
             data_dir=data_dir_or_default(data_dir),
+            split=split,
             device=device,
             provider=provider,
             precision=precision,
             batch_size=batch_size,
             workers=workers,
             download=not no_download,
-            on_batch=lambda images: bar.advance(task, images),
+            on_batch=lambda images, of: bar.update(task, advance=images, total=of, visible=True),
         )
     metrics, model = result.metrics, result.model
     note_fallback(model)
+    for line in result.notes:
+        note(line)
     nodes = model.nodes_by_provider() if profile and isinstance(model, Session) else None
-    plot = plot or checkpoint.with_name(f"{checkpoint.name.replace('.', '-')}-{result.dataset}-confusion.png")
-    failure = None
+    picture, failure = None, None
     try:
         if predictions:
             write_predictions(result, predictions)
-        title = f"{model.preset.name} on {result.dataset}: {percent(metrics.top1)}"
-        draw_confusion(metrics.confusion, model.classes, plot, title=title)
+        picture = draw(result, plot, checkpoint)
     except OutputError as error:  # raised after the figures are shown
         failure = error
     if as_json:
         per_class = dict(zip(model.classes, metrics.per_class(), strict=True))
         figures = {"images": metrics.count, "loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
         source = {"checkpoint": str(checkpoint), "dataset": result.dataset, "device": model.device_name}
-        counts = {"per_class": per_class, "confusion": metrics.confusion.tolist()}
+        source |= {"folder": str(result.folder)} if result.folder else {}
         profiled = {"nodes": nodes} if nodes else {}
-        files = {"error": {"code": failure.exit_code, "message": str(failure)}} if failure else {"plot": str(plot)}
-        print_json("eval", **source, **figures, **counts, **profiled, **files)
+        files: dict[str, Any] = {"plot": str(picture) if picture else None}
+        if failure:
+            files = {"error": {"code": failure.exit_code, "message": str(failure)}}
+        print_json("eval", **source, **figures, per_class=per_class, **counts(metrics.confusion), **profiled, **files)
     else:
         show(result)
         if nodes:
             say(nodes_line(nodes))
-        if failure is None:
-            note(f"confusion matrix: {plot}")
+        if picture:
+            note(f"confusion matrix: {picture}")
     if failure:
         raise failure
+
+
+def draw(result: "Evaluation", plot: Path | None, checkpoint: Path) -> Path | None:
+    """Draw the confusion matrix into `plot`, else beside the checkpoint; where that cannot be written, None and a note.
+
+    OutputError if `plot` cannot be written.
+    """
+    from lsag.plots import draw_confusion
+
+    path = plot or checkpoint.with_name(f"{checkpoint.name.replace('.', '-')}-{result.dataset}-confusion.png")
+    title = f"{result.model.preset.name} on {result.dataset}: {percent(result.metrics.top1)}"
+    try:
+        draw_confusion(result.metrics.confusion, result.model.classes, path, title=title)
+    except OutputError as error:
+        if plot:
+            raise
+        note(f"no picture of the confusion matrix: {error.what}")
+        return None
+    return path
+
+
+def counts(confusion: "Tensor") -> dict[str, Any]:
+    """The confusion matrix for JSON; of a sparse one (true class, predicted class, images)."""
+    if not confusion.is_sparse:
+        return {"confusion": confusion.tolist()}
+    pairs = zip(*confusion.indices().tolist(), confusion.values().tolist(), strict=True)
+    return {"confusion_pairs": list(pairs)}
 
 
 def show(result: "Evaluation") -> None:
     """Print the figures, and a table of the classes (of more than thirty only the twenty worst)."""
     metrics, classes = result.metrics, result.model.classes
     rows = sorted(
-        zip(classes, metrics.per_class(), metrics.confusion.sum(dim=1).tolist(), strict=True),
+        zip(classes, metrics.per_class(), metrics.images_per_class(), strict=True),
         key=lambda row: (row[1] is None, row[1]),
     )
     many = len(rows) > 30
@@ -131,7 +166,8 @@ def show(result: "Evaluation") -> None:
         [(visible(name), f"{images:,}", percent(share)) for name, share, images in shown],
         title=f"the 20 worst of {len(rows)} classes" if many else None,
     )
-    say(f"{result.model.preset.name} on {result.dataset}, {metrics.count:,} images, {result.model.device_name}")
+    where = f"{result.dataset} ({visible(str(result.folder))})" if result.folder else result.dataset
+    say(f"{result.model.preset.name} on {where}, {metrics.count:,} images, {result.model.device_name}")
     say(f"top-1 {percent(metrics.top1)}   top-5 {percent(metrics.top5)}   loss {metrics.loss:.4f}")
 
 

@@ -3,8 +3,9 @@
 import csv
 import glob
 import io
-import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,9 +55,11 @@ def predict(
         refuse_existing(csv_file, force, source=model, option="--csv")
     check_options(model, device=device, provider=provider, precision=precision, profile=profile)
     with loading():
-        paths = list(find_images(images))
+        unused: Counter[str] = Counter()
+        paths = list(find_images(images, unused))
         from rich.progress import MofNCompleteColumn, Progress
 
+        from lsag.data.sources import listed
         from lsag.inference.classifier import open_model
         from lsag.inference.predict import predict as run
         from lsag.inference.session import Session
@@ -91,36 +94,48 @@ def predict(
     say(f"{counted(len(found) - broken, 'image')}, {classifier.device_name}{f'; {csv_file}' if csv_file else ''}")
     if nodes:
         say(nodes_line(nodes))
+    if unused.total():
+        note(f"not used: {visible(listed(unused))}")
     if broken:
         note(f"{broken:,} of {len(found):,} images could not be read")
 
 
-def find_images(given: Sequence[str]) -> Iterator[Path]:
-    """The named files, the images below folders in order, and the matches of patterns. InputError if there are none."""
+def find_images(given: Sequence[str], unused: Counter[str]) -> Iterator[Path]:
+    """The named files, the images below folders in order, and the matches of patterns. InputError if there are none.
+
+    What is passed over is counted in `unused`.
+    """
+    from lsag.data.sources import because, image_files
+
     names: Iterator[str]
     for name in given:
         if Path(name).is_dir():
-            names = images_below(name)
+            names = image_files(name, unused)
         elif glob.has_magic(name) and not Path(name).exists():
-            names = iter(sorted(glob.glob(name, recursive=True)))  # noqa: PTH207
+            names = matching(name, unused)
         else:
             names = iter([name])
         first = next(names, None)
         if first is None:
-            raise InputError(f"there are no images in {name}", "give image files, folders or patterns")
+            raise InputError(f"there are no images in {name}{because(unused)}", "give image files, folders or patterns")
         yield Path(first)
         yield from map(Path, names)
 
 
-def images_below(folder: str) -> Iterator[str]:
-    """The image files in a folder and its subfolders, in alphabetical order."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+def matching(pattern: str, unused: Counter[str]) -> Iterator[str]:
+    """The files that match a pattern, in alphabetical order; `**` follows no links, which may form circles."""
+    from lsag.data.sources import is_hidden
 
-    for path, folders, files in os.walk(folder):
-        folders.sort()
-        for file in sorted(files):
-            if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith("."):
-                yield os.path.join(path, file)  # noqa: PTH118
+    parts = [part if part == "**" else re.sub(r"\*+", "*", part) for part in Path(pattern).parts]
+    fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    root = Path(*parts[:fixed])
+    for path in sorted(root.glob("/".join(parts[fixed:])), key=str):
+        if any(map(is_hidden, path.relative_to(root).parts)):
+            unused["hidden"] += 1
+        elif path.is_dir():
+            unused["folders"] += 1
+        else:
+            yield str(path)
 
 
 def show(found: "Sequence[Prediction]") -> None:
@@ -145,5 +160,6 @@ def write_csv(found: "Sequence[Prediction]", path: Path, *, columns: int) -> Non
         writer.writerow(["image", "error", *ranks])
         for one in found:
             pairs = zip(one.classes, one.probabilities, strict=True)
-            writer.writerow([one.image, one.error, *(value for pair in pairs for value in pair)])
+            values = [value for pair in pairs for value in pair] or [""] * len(ranks)
+            writer.writerow([one.image, one.error, *values])
         file.detach()

@@ -2,33 +2,46 @@
 
 import hashlib
 import os
+import stat
+import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, NoReturn, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torchvision import datasets
 
 from lsag.config import DATASETS, check_dataset
 from lsag.data.transforms import upright
-from lsag.errors import InputError, UnavailableError, first_line
+from lsag.errors import InputError, UnavailableError, UsageError, first_line
 from lsag.machine import available_cores
 
-MAX_PIXELS = 50_000_000
+MAX_PIXELS, MAX_JPEG_PIXELS = 50_000_000, 200_000_000
+"""Of a decoded image, and of a JPEG file, which is decoded at half its size if it has more than MAX_PIXELS."""
 MAX_ASPECT = 200
+TOO_LARGE = f"more than {MAX_PIXELS:,} pixels (JPEG: {MAX_JPEG_PIXELS:,}), or over {MAX_ASPECT} times as long as wide"
 PACK_BYTES = 2**29
 """Every rank holds a split in memory if its decoded images take no more than this, or twice this while packing."""
 EVAL_FOLDERS = {"imagenet": ("val",), "folder": ("val", "test")}
+NEVER_DATA = ("@eaDir", "__MACOSX")
+"""Folders that programs leave behind, often with copies of images."""
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+"""Formats that Pillow recognises, but cannot decode without other programs."""
 
 
 class Source(Protocol):
-    """Decoded images with their labels; `classes[label]` is a label's name."""
+    """Decoded images with their labels; `classes[label]` is a label's name. `notes` are for a person to read."""
 
     classes: list[str]
+    labels: list[int]
+    notes: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
@@ -44,6 +57,8 @@ class Source(Protocol):
 
 class ArraySource:
     """Images held in memory as one uint8 array (N, height, width) or (N, height, width, 3)."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, images: np.ndarray, labels: Sequence[int], classes: Sequence[str], mode: str) -> None:
         self.images, self.labels, self.classes = images, list(map(int, labels)), list(classes)
@@ -63,41 +78,46 @@ class ArraySource:
 
 
 class FolderSource:
-    """Images in one folder per class, classes in alphabetical order; regular image files only."""
+    """Images in one folder per class, classes in alphabetical order.
 
-    def __init__(self, root: Path, mode: str) -> None:
+    InputError for a folder that cannot be read, no images, and with `complete` for a class without images.
+    """
+
+    def __init__(self, root: Path, mode: str, *, complete: bool = True) -> None:
         self.root, self.mode = root, mode
-        try:
-            self.classes, _ = datasets.folder.find_classes(root)
-        except OSError as error:
-            raise InputError(
-                f"{root}: {first_line(error)}", "give a folder with one folder of images per class"
-            ) from error
-        self.samples: list[tuple[str, int]] = []
+        unused: Counter[str] = Counter()
+        _, self.classes, files = next(_walk(root, unused))
+        unused["outside the class folders"] = len(files)
+        self.paths: list[str] = []
+        self.labels: list[int] = []
         for label, name in enumerate(self.classes):
-            # Links to folders are not followed: they may form a circle, or count images twice.
-            paths = [Path(folder, file) for folder, _, files in os.walk(root / name) for file in files]
-            images = sorted(str(path) for path in paths if self._is_image(path))
-            if not images:
-                raise InputError(f"{root / name} has no images", "remove it, or add images")
-            self.samples += [(path, label) for path in images]
-
-    @staticmethod
-    def _is_image(path: Path) -> bool:
-        return path.suffix.lower() in datasets.folder.IMG_EXTENSIONS and not path.name.startswith(".")
+            unused_here: Counter[str] = Counter()
+            found = sorted(image_files(root / name, unused_here))
+            if not found and complete:
+                raise InputError(
+                    f"{root / name} has no images{because(unused_here)}", "add images, or remove the class everywhere"
+                )
+            self.paths += found
+            self.labels += [label] * len(found)
+            unused += unused_here
+        if not self.paths:
+            raise InputError(
+                f"{root} has no images in folders of classes{because(unused)}", "put images into a folder per class"
+            )
+        self.notes = (f"not used in {root}: {listed(unused)}",) if unused.total() else ()
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.paths)
 
     def name(self, index: int) -> str:
-        return self.samples[index][0]
+        return self.paths[index]
 
     def fingerprint(self) -> str:
-        return _digest([(os.path.relpath(path, self.root), label) for path, label in self.samples])
+        samples = zip(self.paths, self.labels, strict=True)
+        return _digest([(os.path.relpath(path, self.root), label) for path, label in samples])
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.samples[index]
-        return open_image(Path(path), self.mode), label
+        return open_image(Path(self.paths[index]), self.mode), self.labels[index]
 
     def packed(self) -> Source:
         """This source with its images decoded in memory, or itself if they would take more than PACK_BYTES.
@@ -105,7 +125,7 @@ class FolderSource:
         InputError for an image that cannot be read.
         """
         room = PACK_BYTES // 4
-        for path, _ in self.samples:
+        for path in self.paths:
             with suppress(OSError):  # an unreadable image is reported when it is loaded
                 room -= Path(path).stat().st_size
             if room < 0:
@@ -125,8 +145,7 @@ class _PackedSource:
     """The decoded images of a folder in one array, which forked workers share, with the start and shape of each."""
 
     def __init__(self, source: FolderSource, images: Sequence[np.ndarray]) -> None:
-        self.source, self.classes = source, source.classes
-        self.labels = [label for _, label in source.samples]
+        self.source, self.classes, self.labels, self.notes = source, source.classes, source.labels, source.notes
         self.name, self.fingerprint = source.name, source.fingerprint
         self.shapes = np.array([(*image.shape, 1)[:3] for image in images])
         self.starts = np.concatenate([[0], np.cumsum(self.shapes.prod(axis=1))])
@@ -140,50 +159,145 @@ class _PackedSource:
         return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels), self.labels[index]
 
 
+def image_files(folder: str | Path, unused: Counter[str]) -> Iterator[str]:
+    """The files in a folder and below that Pillow can decode, in alphabetical order of each folder.
+
+    What is passed over is counted in `unused`, by the reason. InputError for a folder that cannot be read.
+    """
+    for path, folders, files in _walk(folder, unused):
+        # Links to folders are not followed: they may form a circle, or count images twice.
+        unused["linked folders"] += sum(Path(path, name).is_symlink() for name in folders)
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  Path takes several times as long
+            if suffix in decodable():
+                yield os.path.join(path, name)  # noqa: PTH118
+            else:
+                unused[f"{suffix or 'without an extension'} (not decodable here)"] += 1
+
+
+def _walk(folder: str | Path, unused: Counter[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk in alphabetical order, without hidden names; a folder that cannot be read is an InputError."""
+    for path, folders, files in os.walk(folder, onerror=_refuse):
+        for names in (folders, files):
+            shown = sorted(name for name in names if not is_hidden(name))
+            unused["hidden"] += len(names) - len(shown)
+            names[:] = shown
+        yield path, folders, files
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise InputError(f"cannot read {error.filename}: {first_line(error)}", "make it readable, or remove it") from error
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        _refuse(error)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is never data."""
+    return name.startswith(".") or name in NEVER_DATA
+
+
+@cache
+def decodable() -> frozenset[str]:
+    """Extensions of the files that Pillow, as it is installed here, can decode."""
+    formats = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in formats if name in Image.OPEN and name not in NOT_DECODED)
+
+
+def listed(unused: Counter[str]) -> str:
+    """What is not used, by the reason: "10 .heic (not decodable here), 2 linked folders"."""
+    reasons = [(reason, count) for reason, count in unused.most_common() if count]
+    if others := sum(count for _, count in reasons[8:]):
+        reasons[8:] = [("others", others)]
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons)
+
+
+def because(unused: Counter[str]) -> str:
+    """The same in brackets, for an error; nothing if nothing was passed over."""
+    return f" (not used: {listed(unused)})" if unused.total() else ""
+
+
 def open_image(path: Path, mode: str) -> Image.Image:
     """Decode an image file upright into `mode` ("L" or "RGB"); 16-bit greys are scaled, not clipped.
 
-    InputError for anything that is not a regular file, not an image, damaged, or larger than 50 megapixels.
+    InputError for anything that is not a regular file, not an image, damaged, or too large. JPEG files of more than
+    MAX_PIXELS are decoded at half their size.
     """
     try:
         if not path.is_file():
             raise OSError("not a regular file" if path.exists() else "no such file")
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            shorter, longer = sorted(image.size)
-            if shorter * longer > MAX_PIXELS or longer > MAX_ASPECT * shorter:
-                limits = f"more than {MAX_PIXELS:,} pixels or {MAX_ASPECT} times as long as wide"
-                raise OSError(f"{image.width} x {image.height} is {limits}")
+        # By its path Pillow would map the file, and mistake width and height of an uncompressed TIFF on its side.
+        with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # as for an image inside a small icon
+            image = _opened(file)
+            _check_size(image)
+            if image.width * image.height > MAX_PIXELS:
+                image.draft(None, (image.width // 2, image.height // 2))
             image.load()
+            _check_size(image)  # again, for an image inside an icon
             return upright(image, mode=mode)
     except Exception as error:  # decoders raise anything on damaged files
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        reason = first_line(error)
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image"
+        if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+            reason = TOO_LARGE
         raise InputError(f"cannot read image {path}: {reason}", "repair or remove the file") from error
 
 
-def open_split(dataset: str, data_dir: Path, *, train: bool, mode: str, download: bool = True) -> Source:
+def _opened(file: BinaryIO) -> ImageFile.ImageFile:
+    """Image.open, which would refuse the largest JPEG files before they can be scaled down."""
+    is_jpeg = file.read(3) == b"\xff\xd8\xff"
+    file.seek(0)
+    try:
+        return JpegImageFile(file) if is_jpeg else Image.open(file)
+    except SyntaxError as error:
+        raise UnidentifiedImageError from error
+
+
+def _check_size(image: ImageFile.ImageFile) -> None:
+    limit = MAX_JPEG_PIXELS if isinstance(image, JpegImageFile) else MAX_PIXELS
+    shorter, longer = sorted(image.size)
+    if shorter * longer > limit or longer > MAX_ASPECT * shorter:
+        raise OSError(f"{image.width} x {image.height} is {TOO_LARGE}")
+
+
+def open_split(
+    dataset: str, data_dir: Path, *, train: bool, mode: str, download: bool = True, split: str | None = None
+) -> Source:
     """One split of `digits`, `cifar10`, `cifar100`, `imagenet` or `folder`, with images in `mode` L or RGB.
 
     `digits` needs no files. CIFAR is downloaded into `data_dir` if it is missing and `download` is true. `imagenet` and
-    `folder` are `data_dir`/train and `data_dir`/val (or test for `folder`), each with one folder per class.
+    `folder` are `data_dir`/train and `data_dir`/val (or test for `folder`, or what `split` names), each with one folder
+    per class; only in train must each of them hold images.
     UsageError for another dataset, InputError for missing or wrong files, UnavailableError for a failed download.
     """
     check_dataset(dataset)
+    if split and dataset not in EVAL_FOLDERS:
+        raise UsageError(f"{dataset} has a single evaluation split", "remove --split")
     if dataset == "digits":
         return _digits(train, mode)
     if dataset in ("cifar10", "cifar100"):
         return _cifar(dataset, data_dir, mode, train=train, download=download)
-    names = ("train",) if train else EVAL_FOLDERS[dataset]
-    root = next((data_dir / name for name in names if (data_dir / name).is_dir()), None)
+    names = (split,) if split else ("train",) if train else EVAL_FOLDERS[dataset]
+    root, *others = [data_dir / name for name in names if _is_folder(data_dir / name)] or [None]
     if root is None:
         kind = "image folder" if dataset == "folder" else dataset
         expected = " or ".join(f"{data_dir / name}/CLASS/" for name in names)
         raise InputError(f"no {kind} in {data_dir}/: expected {expected}", "set --data-dir or $LSAG_DATA")
-    source = FolderSource(root, mode)
+    source = FolderSource(root, mode, complete=train)
     if dataset in DATASETS and len(source.classes) != DATASETS[dataset].num_classes:
         raise InputError(
             f"{root} has {len(source.classes)} class folders, but {dataset} has {DATASETS[dataset].num_classes}",
             "use --dataset folder for other images",
         )
+    source.notes += tuple(f"evaluated on {root}, not on {other}" for other in others)
     return source
 
 
@@ -237,19 +351,29 @@ def placeholder_classes(num_classes: int) -> tuple[str, ...]:
     return tuple(f"unnamed class {index}" for index in range(num_classes))
 
 
-def check_classes(expected: Sequence[str], found: Sequence[str], *, what: str, where: str) -> None:
-    """InputError with the first differences unless both have the same classes in the same order.
+def number_as(classes: Sequence[str], source: Source, *, whose: str, where: str, fix: str) -> None:
+    """Number the labels of `source` as in `classes`, by their names; of placeholder names only the number must agree.
 
-    For placeholder names only the number of classes is compared.
+    A class without images is no error; InputError for one that is not in `classes`, which are those of `whose`, while
+    `source` is called `where`.
     """
-    if len(expected) != len(found):
-        raise InputError(
-            f"{what} has {len(expected)} classes, {where} has {len(found)}", "choose data with the same classes"
-        )
-    if tuple(expected) == placeholder_classes(len(expected)):
-        return
-    different = [f"{i}: {a!r} against {b!r}" for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b]
-    if different:
-        raise InputError(
-            f"the classes of {what} and {where} differ: {', '.join(different[:5])}", "choose data with the same classes"
-        )
+    if tuple(classes) == placeholder_classes(len(classes)):
+        if len(classes) != len(source.classes):
+            raise InputError(f"{whose} has {len(classes)} classes, {where} has {len(source.classes)}", fix)
+    else:
+        numbers = {name: number for number, name in enumerate(classes)}
+        if extra := [name for name in source.classes if name not in numbers]:
+            missing = [name for name in classes if name not in source.classes]
+            what = f"{whose} does not know {_named(extra)} of {where}"
+            what += f", which lacks {_named(missing)}" if missing else ""
+            if {unicodedata.normalize("NFC", name) for name in extra}.intersection(
+                unicodedata.normalize("NFC", name) for name in missing
+            ):
+                what += " (names that look alike differ in their Unicode form, NFC or NFD)"
+            raise InputError(what, fix)
+        source.labels = [numbers[source.classes[label]] for label in source.labels]
+    source.classes = list(classes)
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

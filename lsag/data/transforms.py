@@ -1,15 +1,29 @@
 """From a decoded image to the model's input; augmentation is timm's."""
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
 from lsag.config import DataConfig, Preset
+
+ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 0x0112, 0x0102, 0x0106, 0
+"""Tags of EXIF and TIFF."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of each orientation upright."""
 
 
 def train_transform(preset: Preset) -> Any:
@@ -52,14 +66,28 @@ def eval_transform(preset: Preset) -> Any:
 def upright(image: Image.Image, *, mode: str) -> Image.Image:
     """The image in mode "L" or "RGB", turned as its EXIF data says; 16-bit greys are scaled, not clipped.
 
-    ValueError for floating-point pixels.
+    ValueError for pixels of 32 bits.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range")
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-    return image.convert(mode)
+    # Pillow reads grey PPM files of more than 8 bits as integers of 32, but scales them to 16.
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        raise ValueError("pixels of 32 bits have no agreed range; save it with 8 or 16")
+    deep = image.mode.startswith("I")
+    result = (_to_8_bits(image) if deep else image).convert(mode)
+    with suppress(Exception):  # damaged metadata raise anything, and the pixels are what counts
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+        result = result if turn is None else result.transpose(turn)
+    result.info = {}  # a copy of the metadata: the image would be turned again
+    return result
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits, or of as many as a TIFF file says."""
+    tags: Any = getattr(image, "tag_v2", {})
+    top = 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    levels = np.asarray(image).astype(np.uint32).clip(max=top)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow turns only 8 bits round
+        levels = top - levels
+    return Image.fromarray((levels * 255 // top).astype(np.uint8))
 
 
 def _resize(size: int, data: DataConfig) -> transforms.Resize:

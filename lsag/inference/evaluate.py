@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lsag.config import Precision
 from lsag.data.loading import batches, choose_workers, eval_loader
-from lsag.data.sources import check_classes, open_split
+from lsag.data.sources import number_as, open_split
 from lsag.distributed.world import SINGLE, World
 from lsag.errors import InputError
 from lsag.failpoints import failpoint
@@ -21,34 +21,54 @@ from lsag.inference.classifier import Classifier, open_model
 from lsag.inference.session import Session
 
 TOP_K = 5
+MAX_DENSE = 1000
+"""Classes up to which a confusion matrix is dense: it grows with their square, the images do not."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics over `count` images; `confusion[i, j]` images of class i were classified as j."""
+    """Metrics over `count` images; `labels` and `predictions` are their classes."""
 
     count: int
     loss: float
     top1: float
     top5: float
-    confusion: Tensor
+    num_classes: int
     labels: Tensor
     predictions: Tensor
 
+    @property
+    def confusion(self) -> Tensor:
+        """(num_classes, num_classes): how many images of class i were classified as j; sparse if there are many."""
+        size = self.num_classes
+        if size <= MAX_DENSE:
+            return torch.bincount(self.labels * size + self.predictions, minlength=size**2).view(size, size)
+        pairs, ones = torch.stack([self.labels, self.predictions]), torch.ones_like(self.labels)
+        return torch.sparse_coo_tensor(pairs, ones, (size, size), check_invariants=True).coalesce()
+
+    def images_per_class(self) -> list[int]:
+        """How many images each class has."""
+        return self.labels.bincount(minlength=self.num_classes).tolist()
+
     def per_class(self) -> list[float | None]:
         """The accuracy on each class, 0..1; None for a class without images."""
-        hits, totals = self.confusion.diag().tolist(), self.confusion.sum(dim=1).tolist()
-        return [hit / total if total else None for hit, total in zip(hits, totals, strict=True)]
+        hits = self.labels[self.labels == self.predictions].bincount(minlength=self.num_classes).tolist()
+        return [hit / total if total else None for hit, total in zip(hits, self.images_per_class(), strict=True)]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of `model` on a dataset; `images` names each image in the order of `metrics.predictions`."""
+    """Metrics of `model` on a dataset; `images` names each image in the order of `metrics.predictions`.
+
+    `folder` is that of the split, of a dataset in folders; `notes` are for a person to read.
+    """
 
     metrics: Metrics
     model: Classifier | Session
     dataset: str
+    folder: Path | None
     images: list[str]
+    notes: tuple[str, ...]
 
 
 def evaluate(
@@ -86,13 +106,12 @@ def evaluate(
         if on_batch:
             on_batch(len(truth) if index < num_batches else 0)
     labels, predictions, in_top5 = world.total_tensor(torch.stack([labels, predictions, in_top5]))
-    confusion = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
     return Metrics(
         count=count,
         loss=world.total_tensor(losses).sum().item() / count,
         top1=(labels == predictions).sum().item() / count,
         top5=in_top5.sum().item() / count,
-        confusion=confusion.view(num_classes, num_classes),
+        num_classes=num_classes,
         labels=labels,
         predictions=predictions,
     )
@@ -103,31 +122,47 @@ def evaluate_file(
     *,
     dataset: str | None = None,
     data_dir: str | Path,
+    split: str | None = None,
     device: str = "auto",
     provider: str | None = None,
     precision: Precision = "auto",
     batch_size: int = 256,
     workers: int | None = None,
     download: bool = True,
-    on_batch: Callable[[int], object] | None = None,
+    on_batch: Callable[[int, int], object] | None = None,
 ) -> Evaluation:
     """Evaluate a checkpoint, or an exported .onnx graph, on the evaluation split of `dataset` (default: its own).
 
-    `device`, `provider` and `precision` are those of `open_model`. InputError if the dataset's classes are not the
-    model's, or outputs are not finite.
+    Of a dataset in folders, `split` names the one to take. `device`, `provider` and `precision` are those of
+    `open_model`. `on_batch` is called with the number of images in each batch and of all images, first with 0.
+    InputError if the dataset has classes that the model does not know, or outputs are not finite.
     """
     model = open_model(path, device=device, provider=provider, precision=precision)
     preset, classes = model.preset, model.classes
     dataset = preset.data.dataset if dataset is None else dataset
-    source = open_split(dataset, Path(data_dir), train=False, mode=preset.image_mode, download=download)
-    check_classes(classes, source.classes, what=f"{path} (preset {preset.name})", where=dataset)
+    source = open_split(dataset, Path(data_dir), train=False, mode=preset.image_mode, download=download, split=split)
+    folder = getattr(source, "root", None)
+    number_as(
+        classes,
+        source,
+        whose=f"{path} (preset {preset.name})",
+        where=str(folder or dataset),
+        fix="choose images of the model's classes",
+    )
     if workers is None:
         workers = choose_workers(len(source))
     loader = eval_loader(source, preset, batch_size=batch_size, workers=workers)
+    count, heed = len(source), on_batch or (lambda images, of: None)
+    heed(0, count)
     metrics = evaluate(
-        model, loader, count=len(source), batch_size=batch_size, num_classes=len(classes), on_batch=on_batch
+        model,
+        loader,
+        count=count,
+        batch_size=batch_size,
+        num_classes=len(classes),
+        on_batch=lambda images: heed(images, count),
     )
     if not math.isfinite(metrics.loss):
         raise InputError(f"{path} gives outputs that are not finite", "train or export it again")
     names = [source.name(index) for index in range(len(source))]
-    return Evaluation(metrics, model, dataset, names)
+    return Evaluation(metrics, model, dataset, folder, names, source.notes)

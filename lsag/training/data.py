@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lsag.config import Preset
 from lsag.data.loading import EpochBatches, batches, choose_workers, eval_loader, train_loader
-from lsag.data.sources import FolderSource, Source, check_classes, open_split
+from lsag.data.sources import FolderSource, Source, number_as, open_split
 from lsag.distributed.environment import world_size_here
 from lsag.distributed.world import World
 from lsag.errors import UsageError
@@ -22,9 +22,13 @@ EVAL_BATCH = 128
 
 @dataclass(frozen=True)
 class Data:
-    """Both splits with their loaders. `fingerprint` changes with the images, their labels and their order."""
+    """Both splits with their loaders. `fingerprint` changes with the images, their labels and their order.
+
+    `notes` on what is not used are for a person to read.
+    """
 
     classes: tuple[str, ...]
+    notes: tuple[str, ...]
     fingerprint: str
     num_train: int
     num_eval: int
@@ -51,11 +55,10 @@ def open_data(preset: Preset, options: TrainOptions, world: World) -> tuple[Pres
     """The preset with the number of classes that its data has, and the data; small folders are held in memory."""
     # One process of each machine goes first: what it downloads, the others find.
     if world.local_rank == 0:
-        train, evaluation = (_open(preset, options, train=train, first=True) for train in (True, False))
+        train, evaluation = _open(preset, options, first=True)
     world.barrier()
     if world.local_rank != 0:
-        train, evaluation = (_open(preset, options, train=train, first=False) for train in (True, False))
-    check_classes(train.classes, evaluation.classes, what="the training split", where="the evaluation split")
+        train, evaluation = _open(preset, options, first=False)
     preset = _with_classes(preset, len(train.classes))
     fingerprint = f"{train.fingerprint()} {evaluation.fingerprint()}"
     world.check_equal("preset", preset.model_dump_json())
@@ -68,6 +71,7 @@ def open_data(preset: Preset, options: TrainOptions, world: World) -> tuple[Pres
     eval_batch = min(preset.train.batch_size, EVAL_BATCH)
     return preset, Data(
         classes=tuple(train.classes),
+        notes=(*train.notes, *evaluation.notes),
         fingerprint=fingerprint,
         num_train=len(train),
         num_eval=len(evaluation),
@@ -80,14 +84,29 @@ def open_data(preset: Preset, options: TrainOptions, world: World) -> tuple[Pres
     )
 
 
-def _open(preset: Preset, options: TrainOptions, *, train: bool, first: bool) -> Source:
-    source = open_split(
-        preset.data.dataset,
-        Path(options.data_dir),
-        train=train,
-        mode=preset.image_mode,
-        download=options.download and first,
+def _open(preset: Preset, options: TrainOptions, *, first: bool) -> tuple[Source, Source]:
+    """The training and the evaluation split."""
+    train, evaluation = (
+        open_split(
+            preset.data.dataset,
+            Path(options.data_dir),
+            train=train,
+            mode=preset.image_mode,
+            download=options.download and first,
+        )
+        for train in (True, False)
     )
+    number_as(
+        train.classes,
+        evaluation,
+        whose="the training split",
+        where="the evaluation split",
+        fix="give both splits folders of the same classes",
+    )
+    return _in_memory(train), _in_memory(evaluation)
+
+
+def _in_memory(source: Source) -> Source:
     return source.packed() if isinstance(source, FolderSource) else source
 
 

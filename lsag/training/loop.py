@@ -164,7 +164,7 @@ def started(state: State, data: Data, world: World, options: TrainOptions, notes
         first_step=state.position.step,
         ranks=world.size,
         slice_size=data.order.slice_size,
-        notes=tuple(notes),
+        notes=(*data.notes, *notes),
     )
 
 

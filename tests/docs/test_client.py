@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import struct
 import subprocess
 import sys
 import tarfile
@@ -23,14 +24,32 @@ client = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(client)
 
 
+def described(preset):
+    """What the metadata of an export says of its input."""
+    return describe(Checkpoint(torch.nn.Identity(), preset, ()), half=False, batch=None, raw_input=False)["input"]
+
+
 @pytest.mark.parametrize("size", [(300, 400), (401, 257), (256, 256), (90, 57), (224, 1001)])
 @pytest.mark.parametrize("name", ["in1k-tiny", "cifar-nano", "digits-nano"])
 def test_images_are_prepared_alike(name, size):
     preset = load_preset(name)
-    rule = describe(Checkpoint(torch.nn.Identity(), preset, ()), half=False, batch=None, raw_input=False)["input"]
+    rule = described(preset)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     ours = eval_transform(preset)(image.convert(rule["mode"])).permute(1, 2, 0).numpy()
     assert np.array_equal(client.prepare(image, rule), ours)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_alike(tmp_path, orientation):
+    """Beside a tag that cannot be written again: a text for a number."""
+    tags = struct.pack("<HHL4s", 0x0100, 2, 4, b"wide") + struct.pack("<HHLL", 0x0112, 3, 1, orientation)
+    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + tags + bytes(4)
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    preset = load_preset("cifar-nano")
+    rule = described(preset)
+    ours = eval_transform(preset)(Image.open(tmp_path / "a.png")).permute(1, 2, 0).numpy()
+    assert np.array_equal(client.prepare(Image.open(tmp_path / "a.png"), rule), ours)
 
 
 @pytest.mark.slow

@@ -1,8 +1,15 @@
+import json
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lsag.inference.evaluate import evaluate
+import lsag.inference.evaluate as module
+from lsag.inference.evaluate import Metrics, evaluate
+from lsag.plots import draw_confusion
+from lsag_cli.evaluate import counts
+from tests.conftest import TINY, assert_refused
 
 SIZES = {"count": 23, "batch_size": 5, "num_classes": 7}
 
@@ -31,3 +38,69 @@ def test_top5_of_three_classes_is_everything():
     loader = [(torch.zeros(3, 1), torch.tensor([2, 0, 1]))]
     metrics = evaluate(lambda batch: torch.eye(3), loader, count=3, batch_size=3, num_classes=3)
     assert (metrics.top1, metrics.top5) == (0.0, 1.0)
+
+
+def test_the_confusion_of_many_classes_grows_with_the_images(tmp_path):
+    """That of ImageNet's 21,841 classes would take 3.8 GB."""
+    classes, labels = 21_841, torch.tensor([0, 21_840, 7, 7, 7])
+    predictions = torch.tensor([0, 3, 7, 8, 8])
+    metrics = Metrics(5, 0.0, 0.4, 0.4, classes, labels, predictions)
+    assert metrics.confusion.is_sparse and metrics.confusion.shape == (classes, classes)
+    assert counts(metrics.confusion) == {"confusion_pairs": [(0, 0, 1), (7, 7, 1), (7, 8, 2), (21_840, 3, 1)]}
+    assert metrics.images_per_class()[7] == 3 and metrics.per_class()[7] == pytest.approx(1 / 3)
+    draw_confusion(metrics.confusion, ["a"] * classes, tmp_path / "a.png", title="many")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_sparse_and_dense_confusion_agree(monkeypatch):
+    labels, predictions = torch.randint(0, 7, (2, 50), generator=torch.Generator().manual_seed(0))
+    metrics = Metrics(50, 0.0, 0.0, 0.0, 7, labels, predictions)
+    dense = metrics.confusion
+    monkeypatch.setattr(module, "MAX_DENSE", 6)
+    assert torch.equal(metrics.confusion.to_dense(), dense) and not dense.is_sparse
+
+
+@pytest.fixture
+def split_data(lsag, folder):
+    """A model of three classes, and val/ and test/ that each lack one of them."""
+    shutil.copytree(folder / "train/dog", folder / "train/emu")
+    (folder / "val/emu").mkdir()
+    shutil.copytree(folder / "val/dog", folder / "test/emu")
+    options = ["--preset", "cifar-nano", "--dataset", "folder", "--data-dir", ".", "--set", "train.batch_size=4"]
+    done = lsag("train", *options, "--out", "run", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "evaluated on val, not on test" in done.stderr
+    return folder
+
+
+def test_eval_says_which_split_it_took(lsag, split_data):
+    done = lsag("eval", "run/best.pt", "--data-dir", ".")
+    assert done.returncode == 0, done.stderr
+    assert "on folder (val), 4 images" in done.stdout and "evaluated on val, not on test" in done.stderr
+    assert [line.split() for line in done.stdout.splitlines() if line.startswith("emu")] == [["emu", "0", "-"]]
+    result = json.loads(lsag("eval", "run/best.pt", "--data-dir", ".", "--split", "test", "--json").stdout)
+    assert (result["folder"], result["images"]) == ("test", 2)
+    assert [sum(row) for row in result["confusion"]] == [0, 0, 2]
+    assert result["per_class"]["cat"] is None
+    assert_refused(lsag("eval", "run/best.pt", "--dataset", "digits", "--split", "test"), 2, "single evaluation split")
+    (split_data / "test/fox").mkdir()
+    done = lsag("eval", "run/best.pt", "--data-dir", ".", "--split", "test")
+    assert_refused(done, 3, "does not know 'fox' of test, which lacks 'cat', 'dog' — ")
+
+
+def test_a_picture_that_nobody_asked_for_is_no_error(lsag, split_data):
+    """Root writes into any folder; a name that is a folder it cannot write either."""
+    (split_data / "run/best-pt-folder-confusion.png").mkdir()
+    done = lsag("eval", "run/best.pt", "--data-dir", ".")
+    assert done.returncode == 0 and "top-1" in done.stdout
+    assert "no picture of the confusion matrix: cannot write run/best-pt-folder-confusion.png" in done.stderr
+    result = json.loads(lsag("eval", "run/best.pt", "--data-dir", ".", "--json").stdout)
+    assert result["ok"] and result["plot"] is None
+
+
+def test_the_number_of_images_is_known_from_the_start(split_data):
+    heard = []
+    module.evaluate_file(
+        split_data / "run/best.pt", data_dir=split_data, batch_size=3, on_batch=lambda *images: heard.append(images)
+    )
+    assert heard == [(0, 4), (3, 4), (1, 4)]

@@ -73,6 +73,7 @@ def test_a_broken_image_is_a_row(lsag, model, folder, tmp_path):
     with (tmp_path / "out.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["error"] for line in lines] == ["", "", "", "not an image"]
+    assert lines[3]["class_1"] == lines[3]["probability_3"] == "", "every row has all columns"
     assert lines[0]["class_1"] in ("cat", "dog", "cow") and 0 < float(lines[0]["probability_3"]) < 1
     done = lsag("predict", model, folder / "val/dog/1.png")
     assert_refused(done, 3, "none of the 1 images could be read", "not an image")
@@ -101,6 +102,31 @@ def test_files_folders_and_patterns(lsag, model, folder):
     (folder / "link.csv").symlink_to("/dev/null")
     assert_refused(lsag("predict", model, "val", "--csv", "link.csv", cwd=folder), 6, "not a regular file")
     assert_refused(lsag("predict", model, "val", "--csv", "a.txt", cwd=folder), 2, ".csv")
+
+
+def test_what_is_not_used_is_said_in_one_line(lsag, model, folder):
+    (folder / "val/cat/a.heic").write_text("no image here")
+    (folder / "val/cat/.thumbs").mkdir()
+    (folder / "val/cat/.thumbs/a.png").write_bytes((folder / "val/cat/0.png").read_bytes())
+    (folder / "val/cat/b.gif").write_bytes((folder / "val/cat/0.png").read_bytes())
+    done = lsag("predict", model, "val", cwd=folder)
+    assert done.returncode == 0 and "5 images, " in done.stdout
+    assert done.stderr.splitlines() == ["not used: 1 hidden, 1 .heic (not decodable here)"]
+    done = lsag("predict", model, "val/**/*.png", cwd=folder)
+    assert done.returncode == 0 and "4 images, " in done.stdout
+    assert done.stderr.splitlines() == ["not used: 1 hidden"]
+    (folder / "only").mkdir()
+    (folder / "only/a.heic").touch()
+    done = lsag("predict", model, "only", cwd=folder)
+    assert_refused(done, 3, "there are no images in only (not used: 1 .heic (not decodable here))")
+
+
+def test_a_pattern_follows_no_links_in_circles(lsag, model, folder):
+    """Two links of a folder to itself lead to 2**40 paths."""
+    for name in ("a", "b"):
+        (folder / "val/cat" / name).symlink_to(".")
+    done = lsag("predict", model, "val/**/*.png", "val/c**/0.png", f"{folder}/val/*/[0]*", cwd=folder)
+    assert done.returncode == 0 and "7 images, " in done.stdout, done.stderr
 
 
 def test_nodes_are_counted(lsag, model, folder):
