@@ -33,6 +33,7 @@ def test_digits_are_split_once_and_for_all():
 def test_folders_are_read_in_order(folder):
     source = open_split("folder", folder, train=True, mode="RGB")
     assert source.classes == ["cat", "dog"] and len(source) == 8
+    assert source.fingerprint() == "6665a19e812a2970faf4db213053c13e", "runs could no longer be resumed"
     image, label = source.load(5)
     assert (image.mode, image.size, label) == ("RGB", (10, 12), 1)
     assert source.name(5).endswith("dog/1.png")
