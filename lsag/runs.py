@@ -8,13 +8,14 @@ from lsag.errors import OutputError
 
 RUNS = Path("runs")
 """Where runs are made when nothing else is asked for."""
-LOCK, PRESET, OPTIONS, STEPS, METRICS, CURVES, BEST = (
+LOCK, PRESET, OPTIONS, STEPS, METRICS, CURVES, BROKEN, BEST = (
     ".lock",
     "preset.json",
     "options.json",
     "steps.jsonl",
     "metrics.jsonl",
     "curves.png",
+    "broken.txt",
     "best.pt",
 )
 STEP_FILE = re.compile(r"step-(\d{10})\.pt")
@@ -65,4 +66,6 @@ def _is_ours(name: str) -> bool:
 
 def is_temporary(name: str) -> bool:
     """Whether an interrupted write leaves a file of this name."""
-    return name.startswith((".step-", *(f".{file}." for file in (BEST, PRESET, OPTIONS, STEPS, METRICS, CURVES))))
+    return name.startswith(
+        (".step-", *(f".{file}." for file in (BEST, PRESET, OPTIONS, STEPS, METRICS, CURVES, BROKEN)))
+    )

@@ -54,6 +54,13 @@ def train(
     download: Annotated[
         bool, typer.Option("--download/--no-download", help="Download the dataset if it is missing.")
     ] = True,
+    skip_broken: Annotated[
+        bool,
+        typer.Option(
+            "--skip-broken/--no-skip-broken",
+            help="Train on other images in place of broken ones, which are listed in RUN/broken.txt.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan without training.")] = False,
     probe: Annotated[
         bool, typer.Option("--probe", help="With --dry-run: time a few steps on synthetic images.")

@@ -39,6 +39,17 @@ def test_a_large_confusion_matrix_names_what_is_confused_most(drawn, tmp_path):
     assert confusion[0, 0] == 9  # the matrix itself is left as it was
 
 
+def test_a_sparse_confusion_matrix_is_drawn_by_cells_of_classes(drawn, tmp_path):
+    pairs = torch.tensor([[0, 2_500, 7], [0, 4, 9]])
+    confusion = torch.sparse_coo_tensor(pairs, torch.tensor([3, 2, 1]), (2_501, 2_501), check_invariants=True)
+    draw_confusion(confusion.coalesce(), [f"n{i}" for i in range(2_501)], tmp_path / "a.png", title="many")
+    words = "\n".join(texts(drawn[0]))
+    assert "2 x n2500, taken for n4\n1 x n7, taken for n9" in words and "n0, taken" not in words
+    assert "true (3 classes to a cell)" in words
+    cells = drawn[0].axes[0].images[0].get_array()
+    assert cells.shape == (834, 834) and cells[833, 1] == cells[2, 3] == cells[0, 0] == 100
+
+
 def test_bars_show_their_spread(drawn, tmp_path):
     draw_bench({"": {"one": (80.0, 0.05), "two": (40.0, 0.1)}}, tmp_path / "bench.png", title="bench")
     (whiskers,) = [part for part in drawn[0].axes[0].containers if hasattr(part, "has_xerr")]

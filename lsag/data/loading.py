@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -22,6 +23,8 @@ WORKER_TIMEOUT = 120
 """Seconds that workers may take to prepare a batch."""
 WORKER_GRACE = 15
 """Seconds that a worker lives after SIGTERM."""
+MAX_REPLACED = 100
+"""Images that are tried in the place of one."""
 Item = tuple[Tensor, int] | InputError
 
 
@@ -31,11 +34,15 @@ def random_key(*parts: int | str) -> int:
 
 
 class TrainSet(Dataset[Item]):
-    """Augmented images. An index is (epoch, image), and gives the same pixels in any worker and any order."""
+    """Augmented images. An index is (epoch, image), and gives the same pixels in any worker and any order.
 
-    def __init__(self, source: Source, preset: Preset) -> None:
+    With `skip_broken`, an image that cannot be read gives another one, and its `broken`, which the workers share, is 1.
+    """
+
+    def __init__(self, source: Source, preset: Preset, *, skip_broken: bool = False) -> None:
         self.source, self.seed = source, preset.train.seed
         self.transform = train_transform(preset)
+        self.broken = torch.zeros(len(source), dtype=torch.int32).share_memory_() if skip_broken else None
 
     def __getitem__(self, position: tuple[int, int]) -> Item:
         key = random_key(self.seed, "augment", *position)
@@ -44,10 +51,22 @@ class TrainSet(Dataset[Item]):
         np.random.seed(key & 0xFFFFFFFF)
         torch.default_generator.manual_seed(key)
         try:
-            image, label = self.source.load(position[1])
+            image, label = self._load(*position)
         except InputError as error:
             return error  # raised in a worker, it would arrive as a traceback
         return self.transform(image), label
+
+    def _load(self, epoch: int, image: int) -> tuple[Image.Image, int]:
+        """The image, or one that the seed, the epoch and the image choose in its place."""
+        for attempt in range(MAX_REPLACED):
+            try:
+                return self.source.load(image)
+            except InputError:
+                if self.broken is None:
+                    raise
+                self.broken[image] = 1
+                image = random_key(self.seed, "replace", epoch, image, attempt) % len(self.source)
+        raise InputError(f"{MAX_REPLACED} training images in a row are broken", "check the data folder")
 
 
 class EvalSet(Dataset[Item]):
@@ -108,11 +127,17 @@ def choose_workers(num_images: int, *, processes: int = 1) -> int:
 
 
 def train_loader(
-    source: Source, preset: Preset, order: EpochBatches, *, workers: int, pin: bool = False
+    source: Source,
+    preset: Preset,
+    order: EpochBatches,
+    *,
+    workers: int,
+    pin: bool = False,
+    skip_broken: bool = False,
 ) -> DataLoader[Any]:
-    """Batches of (images, labels) in the given `order`; read them through `batches`."""
+    """Batches of (images, labels) of a TrainSet in the given `order`; read them through `batches`."""
     return DataLoader(
-        TrainSet(source, preset),
+        TrainSet(source, preset, skip_broken=skip_broken),
         batch_sampler=order,
         collate_fn=_collate,
         num_workers=workers,

@@ -27,6 +27,7 @@ MAX_PIXELS, MAX_JPEG_PIXELS = 50_000_000, 200_000_000
 """Of a decoded image, and of a JPEG file, which is decoded at half its size if it has more than MAX_PIXELS."""
 MAX_ASPECT = 200
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels (JPEG: {MAX_JPEG_PIXELS:,}), or over {MAX_ASPECT} times as long as wide"
+REPAIR = "repair or remove the file"
 PACK_BYTES = 2**29
 """Every rank holds a split in memory if its decoded images take no more than this, or twice this while packing."""
 EVAL_FOLDERS = {"imagenet": ("val",), "folder": ("val", "test")}
@@ -84,7 +85,7 @@ class FolderSource:
     """
 
     def __init__(self, root: Path, mode: str, *, complete: bool = True) -> None:
-        self.root, self.mode = root, mode
+        self.root, self.mode, self.fix = root, mode, REPAIR + (", or train with --skip-broken" if complete else "")
         unused: Counter[str] = Counter()
         _, self.classes, files = next(_walk(root, unused))
         unused["outside the class folders"] = len(files)
@@ -117,7 +118,7 @@ class FolderSource:
         return _digest([(os.path.relpath(path, self.root), label) for path, label in samples])
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        return open_image(Path(self.paths[index]), self.mode), self.labels[index]
+        return open_image(Path(self.paths[index]), self.mode, fix=self.fix), self.labels[index]
 
     def packed(self) -> Source:
         """This source with its images decoded in memory, or itself if they would take more than PACK_BYTES.
@@ -223,7 +224,7 @@ def because(unused: Counter[str]) -> str:
     return f" (not used: {listed(unused)})" if unused.total() else ""
 
 
-def open_image(path: Path, mode: str) -> Image.Image:
+def open_image(path: Path, mode: str, *, fix: str = REPAIR) -> Image.Image:
     """Decode an image file upright into `mode` ("L" or "RGB"); 16-bit greys are scaled, not clipped.
 
     InputError for anything that is not a regular file, not an image, damaged, or too large. JPEG files of more than
@@ -248,7 +249,7 @@ def open_image(path: Path, mode: str) -> Image.Image:
             reason = "not an image"
         if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
             reason = TOO_LARGE
-        raise InputError(f"cannot read image {path}: {reason}", "repair or remove the file") from error
+        raise InputError(f"cannot read image {path}: {reason}", fix) from error
 
 
 def _opened(file: BinaryIO) -> ImageFile.ImageFile:

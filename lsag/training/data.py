@@ -1,6 +1,7 @@
 """What a training reads: the images of both splits, in the order and the slices of this rank."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lsag.data.loading import EpochBatches, batches, choose_workers, eval_loader
 from lsag.data.sources import FolderSource, Source, number_as, open_split
 from lsag.distributed.environment import world_size_here
 from lsag.distributed.world import World
-from lsag.errors import UsageError
+from lsag.errors import InputError, UsageError
 from lsag.training.options import TrainOptions
 
 EVAL_BATCH = 128
@@ -50,6 +51,19 @@ class Data:
         self.order.epoch, self.order.first_step = epoch, first_step
         return batches(self.train_loader)
 
+    def broken(self, world: World) -> list[str]:
+        """On rank 0, what is wrong with the training images that any rank has skipped since this start."""
+        images: Any = self.train_loader.dataset
+        found: list[str] = []
+        if images.broken is not None:
+            indices = world.total_tensor(images.broken).nonzero().flatten().tolist()
+            for index in indices if world.is_main else []:
+                try:
+                    images.source.load(index)
+                except InputError as error:
+                    found.append(error.what)
+        return found
+
 
 def open_data(preset: Preset, options: TrainOptions, world: World) -> tuple[Preset, Data]:
     """The preset with the number of classes that its data has, and the data; small folders are held in memory."""
@@ -76,7 +90,14 @@ def open_data(preset: Preset, options: TrainOptions, world: World) -> tuple[Pres
         num_train=len(train),
         num_eval=len(evaluation),
         order=order,
-        train_loader=train_loader(train, preset, order, workers=workers, pin=world.device.type == "cuda"),
+        train_loader=train_loader(
+            train,
+            preset,
+            order,
+            workers=workers,
+            pin=world.device.type == "cuda",
+            skip_broken=options.skip_broken,
+        ),
         eval_loader=eval_loader(
             evaluation, preset, batch_size=eval_batch, workers=workers, rank=world.rank, size=world.size
         ),
@@ -103,11 +124,14 @@ def _open(preset: Preset, options: TrainOptions, *, first: bool) -> tuple[Source
         where="the evaluation split",
         fix="give both splits folders of the same classes",
     )
-    return _in_memory(train), _in_memory(evaluation)
+    return _in_memory(train, skip_broken=options.skip_broken), _in_memory(evaluation)
 
 
-def _in_memory(source: Source) -> Source:
-    return source.packed() if isinstance(source, FolderSource) else source
+def _in_memory(source: Source, *, skip_broken: bool = False) -> Source:
+    """A small folder in memory; one with broken images stays where it is, if they are skipped."""
+    with suppress(InputError) if skip_broken else nullcontext():
+        return source.packed() if isinstance(source, FolderSource) else source
+    return source
 
 
 def _with_classes(preset: Preset, found: int) -> Preset:

@@ -63,6 +63,7 @@ def train(preset: Preset, options: TrainOptions) -> Iterator[Progress]:
                 except StopRequestedError as request:
                     signals.acknowledged = True
                     run.save(state)
+                    run.list_broken(data.broken(world))
                     world.barrier()  # until rank 0 has saved
                     raise stopped(signals.stop or request.signal, state.position.step, options) from None
                 except (InputError, WorkerError):
@@ -107,6 +108,7 @@ def fit(
         position.seconds = meter.seconds
         summary = state.finish_epoch(metrics, meter.epoch(run.save_seconds))
         failpoint("epoch_end")
+        run.list_broken(data.broken(world))
         run.finish_epoch(state, summary)
         yield summary
 

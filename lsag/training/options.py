@@ -27,6 +27,8 @@ class TrainOptions(BaseModel):
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that prepare images; None chooses by the machine. It changes no result."""
     download: bool = True
+    skip_broken: bool = False
+    """Train on another image in place of one that cannot be read."""
     resume: bool = False
     """Resume the run in `out`, if there is one, as if it had never stopped."""
     allow_change: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 from lsag.checkpoint import Checkpoint, save_checkpoint
 from lsag.distributed.world import World
 from lsag.errors import OutputError
-from lsag.files import replacing
+from lsag.files import read_bytes, replacing, write_checked
 from lsag.plots import draw_curves
-from lsag.runs import BEST, CURVES, OPTIONS, PRESET
+from lsag.runs import BEST, BROKEN, CURVES, OPTIONS, PRESET
 from lsag.training.events import Epoch
 from lsag.training.folder import RunFolder
 from lsag.training.options import TrainOptions
@@ -48,6 +48,8 @@ class NoRun:
     def save(self, state: State) -> None: ...
 
     def rescue(self, state: State) -> None: ...
+
+    def list_broken(self, reasons: Sequence[str]) -> None: ...
 
     def finish_epoch(self, state: State, summary: Epoch) -> None: ...
 
@@ -114,6 +116,15 @@ class Run(NoRun):
         """Write a checkpoint after a failure, if possible, without another rank's help."""
         with contextlib.suppress(OutputError):
             self.folder.save(state.checkpoint(), state.position.step)
+
+    def list_broken(self, reasons: Sequence[str]) -> None:
+        """Add to the run's list what is wrong with training images that were skipped, and say how many it has."""
+        path = self.options.out / BROKEN
+        known = read_bytes(path, what="list of broken images").splitlines() if path.exists() else []
+        lines = sorted({*known, *(reason.encode("utf-8", "surrogateescape") for reason in reasons)})
+        if lines != known:
+            self._persist(lambda: write_checked(path, b"\n".join([*lines, b""])))
+            logger.warning("%d training images are broken, and others take their place: %s", len(lines), path)
 
     def finish_epoch(self, state: State, summary: Epoch) -> None:
         """Log the epoch, keep the best model, save if it is time or the last epoch, and draw the curves."""

@@ -27,6 +27,26 @@ def test_broken_images_end_an_epoch_with_their_name(folder):
         assert not multiprocessing.active_children(), "something still holds the loader"
 
 
+def test_broken_images_are_replaced_alike_by_any_process(folder):
+    preset = load_preset("cifar-nano", {"train.batch_size": 4}, dataset="folder")
+    source = open_split("folder", folder, train=True, mode="RGB")
+    for name in ("cat/1.png", "dog/2.png"):
+        (folder / "train" / name).write_bytes(b"broken")
+
+    def epoch(workers):
+        loader = train_loader(source, preset, EpochBatches(len(source), preset), workers=workers, skip_broken=True)
+        return list(batches(loader)), loader.dataset.broken.tolist()
+
+    (first, broken), (second, broken_too) = epoch(0), epoch(2)
+    assert broken == broken_too == [0, 1, 0, 0, 0, 0, 1, 0]
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    for path in folder.glob("train/*/*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(InputError, match="100 training images in a row are broken"):
+        epoch(0)
+
+
 def test_a_worker_that_died_between_two_epochs_is_named(tmp_path):
     """torch waits for an answer of each worker before an epoch begins, too."""
     preset = load_preset("digits-nano")

@@ -122,6 +122,19 @@ def test_checkpoints_hold_the_moving_average(tmp_path, preset):
     assert load_checkpoint(tmp_path / "run/best.pt").training is None
 
 
+def test_a_run_that_skips_broken_images_is_resumed_to_the_same_bits(preset, folder):
+    small = changed(preset, {"data.dataset": "folder", "train.batch_size": 4})
+    for name in ("cat/1.png", "dog/2.png"):
+        (folder / "train" / name).write_bytes(b"broken")
+    run(small, folder / "whole", skip_broken=True)
+    stop_after(small, folder / "run", 2, skip_broken=True)
+    run(small, folder / "run", skip_broken=True, resume=True)
+    assert_equal(weights(folder / "run"), weights(folder / "whole"))
+    listed = (folder / "whole/broken.txt").read_text()
+    assert [line.partition(": ")[0][-9:] for line in listed.splitlines()] == ["cat/1.png", "dog/2.png"]
+    assert listed == (folder / "run/broken.txt").read_text()
+
+
 def test_eight_ranks_see_what_one_that_accumulates_sees(preset, tmp_path):
     source = open_split("digits", tmp_path, train=True, mode="L")
 
@@ -443,3 +456,15 @@ def test_ranks_train_into_a_folder_below_another(lsag, tmp_path):
     done = lsag("train", *TINY, "--device", "cpu", "--procs", "2", "--workers", "0", "--out", tmp_path / "deep/run")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "deep/run/best.pt").is_file()
+
+
+@pytest.mark.slow
+def test_ranks_skip_the_same_broken_images(lsag, folder):
+    (folder / "train/dog/2.png").write_bytes(b"broken")
+    options = ["--dataset", "folder", "--data-dir", folder, "--set", "train.batch_size=4", "--skip-broken"]
+    for out, ranks in (("one", ["--accum", "2"]), ("two", ["--procs", "2"])):
+        done = lsag("train", *TINY, *options, "--device", "cpu", *ranks, "--out", out, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("1 training images are broken") == 1
+    assert (folder / "one/broken.txt").read_text() == (folder / "two/broken.txt").read_text()
+    assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-5)
