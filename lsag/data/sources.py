@@ -105,7 +105,7 @@ class FolderSource:
             raise InputError(
                 f"{root} has no images in folders of classes{because(unused)}", "put images into a folder per class"
             )
-        self.notes = (f"not used in {root}: {listed(unused)}",) if unused.total() else ()
+        self.notes: tuple[str, ...] = (f"not used in {root}: {listed(unused)}",) if unused.total() else ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -208,7 +208,8 @@ def is_hidden(name: str) -> bool:
 def decodable() -> frozenset[str]:
     """Extensions of the files that Pillow, as it is installed here, can decode."""
     formats = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, name in formats if name in Image.OPEN and name not in NOT_DECODED)
+    decoded = {*Image.OPEN, "MPO"} - NOT_DECODED  # MPO files are opened as JPEG
+    return frozenset(suffix for suffix, name in formats if name in decoded)
 
 
 def listed(unused: Counter[str]) -> str:
@@ -287,11 +288,12 @@ def open_split(
     if dataset in ("cifar10", "cifar100"):
         return _cifar(dataset, data_dir, mode, train=train, download=download)
     names = (split,) if split else ("train",) if train else EVAL_FOLDERS[dataset]
-    root, *others = [data_dir / name for name in names if _is_folder(data_dir / name)] or [None]
-    if root is None:
+    found = [data_dir / name for name in names if _is_folder(data_dir / name)]
+    if not found:
         kind = "image folder" if dataset == "folder" else dataset
         expected = " or ".join(f"{data_dir / name}/CLASS/" for name in names)
         raise InputError(f"no {kind} in {data_dir}/: expected {expected}", "set --data-dir or $LSAG_DATA")
+    root, *others = found
     source = FolderSource(root, mode, complete=train)
     if dataset in DATASETS and len(source.classes) != DATASETS[dataset].num_classes:
         raise InputError(

@@ -74,7 +74,7 @@ def upright(image: Image.Image, *, mode: str) -> Image.Image:
     deep = image.mode.startswith("I")
     result = (_to_8_bits(image) if deep else image).convert(mode)
     with suppress(Exception):  # damaged metadata raise anything, and the pixels are what counts
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
         result = result if turn is None else result.transpose(turn)
     result.info = {}  # a copy of the metadata: the image would be turned again
     return result
