@@ -1,9 +1,9 @@
 """lsag predict"""
 
 import csv
+import fnmatch
 import glob
 import io
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -123,19 +123,34 @@ def find_images(given: Sequence[str], unused: Counter[str]) -> Iterator[Path]:
 
 
 def matching(pattern: str, unused: Counter[str]) -> Iterator[str]:
-    """The files that match a pattern, in alphabetical order; `**` follows no links, which may form circles."""
-    from lsag.data.sources import is_hidden
+    """The files that match a pattern; with `**` links to folders are not followed, which may form circles.
 
-    parts = [part if part == "**" else re.sub(r"\*+", "*", part) for part in Path(pattern).parts]
+    glob would follow them, and pass over folders that cannot be read.
+    """
+    from lsag.data.sources import walk
+
+    parts = Path(pattern).parts
     fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
-    root = Path(*parts[:fixed])
-    for path in sorted(root.glob("/".join(parts[fixed:])), key=str):
-        if any(map(is_hidden, path.relative_to(root).parts)):
-            unused["hidden"] += 1
-        elif path.is_dir():
-            unused["folders"] += 1
-        else:
-            yield str(path)
+    root, wanted = Path(*parts[:fixed]), parts[fixed:]
+    deep = "**" in wanted
+    level = wanted.index("**") if deep else len(wanted) - 1
+    for path, folders, files in walk(root, unused, follow=not deep):
+        above = Path(path).relative_to(root).parts
+        if len(above) < level:
+            folders[:] = fnmatch.filter(folders, wanted[len(above)])
+        elif not deep:
+            unused["folders"] += len(fnmatch.filter(folders, wanted[-1]))
+            folders.clear()
+        yield from (str(Path(path, name)) for name in files if fits((*above, name), wanted))
+
+
+def fits(names: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
+    """Whether the parts of a path match those of a pattern."""
+    if not names or not wanted:
+        return not names and set(wanted) <= {"**"}
+    if wanted[0] == "**":
+        return fits(names, wanted[1:]) or fits(names[1:], wanted)
+    return fnmatch.fnmatchcase(names[0], wanted[0]) and fits(names[1:], wanted[1:])
 
 
 def show(found: "Sequence[Prediction]") -> None:

@@ -87,7 +87,7 @@ class FolderSource:
     def __init__(self, root: Path, mode: str, *, complete: bool = True) -> None:
         self.root, self.mode, self.fix = root, mode, REPAIR + (", or train with --skip-broken" if complete else "")
         unused: Counter[str] = Counter()
-        _, self.classes, files = next(_walk(root, unused))
+        _, self.classes, files = next(walk(root, unused))
         unused["outside the class folders"] = len(files)
         self.paths: list[str] = []
         self.labels: list[int] = []
@@ -165,7 +165,7 @@ def image_files(folder: str | Path, unused: Counter[str]) -> Iterator[str]:
 
     What is passed over is counted in `unused`, by the reason. InputError for a folder that cannot be read.
     """
-    for path, folders, files in _walk(folder, unused):
+    for path, folders, files in walk(folder, unused):
         # Links to folders are not followed: they may form a circle, or count images twice.
         unused["linked folders"] += sum(Path(path, name).is_symlink() for name in folders)
         for name in files:
@@ -176,11 +176,16 @@ def image_files(folder: str | Path, unused: Counter[str]) -> Iterator[str]:
                 unused[f"{suffix or 'without an extension'} (not decodable here)"] += 1
 
 
-def _walk(folder: str | Path, unused: Counter[str]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """os.walk in alphabetical order, without hidden names; a folder that cannot be read is an InputError."""
-    for path, folders, files in os.walk(folder, onerror=_refuse):
+def walk(
+    folder: str | Path, unused: Counter[str], *, follow: bool = False
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk in alphabetical order, without hidden names, which are never data; `follow` asks to follow links.
+
+    InputError for a folder that cannot be read.
+    """
+    for path, folders, files in os.walk(folder, onerror=_refuse, followlinks=follow):
         for names in (folders, files):
-            shown = sorted(name for name in names if not is_hidden(name))
+            shown = sorted(name for name in names if not name.startswith(".") and name not in NEVER_DATA)
             unused["hidden"] += len(names) - len(shown)
             names[:] = shown
         yield path, folders, files
@@ -197,11 +202,6 @@ def _is_folder(path: Path) -> bool:
         return False
     except OSError as error:
         _refuse(error)
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is never data."""
-    return name.startswith(".") or name in NEVER_DATA
 
 
 @cache

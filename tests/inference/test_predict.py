@@ -1,6 +1,9 @@
 import csv
+import errno
 import json
 import os
+from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from lsag.errors import InputError
 from lsag.inference.classifier import open_model
 from lsag.inference.export import export_onnx
 from lsag.inference.predict import predict
+from lsag_cli.predict import matching
 from tests.conftest import assert_refused, randomise
 
 
@@ -127,6 +131,29 @@ def test_a_pattern_follows_no_links_in_circles(lsag, model, folder):
         (folder / "val/cat" / name).symlink_to(".")
     done = lsag("predict", model, "val/**/*.png", "val/c**/0.png", f"{folder}/val/*/[0]*", cwd=folder)
     assert done.returncode == 0 and "7 images, " in done.stdout, done.stderr
+
+
+def test_patterns_meet_folders_that_cannot_be_read(folder):
+    """Those that may hold a match are refused, others are not even opened; a single star follows a link."""
+    (folder / "linked").symlink_to("val")
+    opened = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path)
+
+    with mock.patch("os.scandir", scandir):
+        for pattern, count in (("val/c*/*.png", 2), ("link*/cat/*", 2), ("**/c*/0.png", None), ("val/**", None)):
+            unused: Counter[str] = Counter()
+            if count is None:
+                with pytest.raises(InputError, match=r"cannot read .*dog: Permission denied"):
+                    list(matching(f"{folder}/{pattern}", unused))
+            else:
+                assert len(list(matching(f"{folder}/{pattern}", unused))) == count
+    unused = Counter()
+    assert not list(matching(f"{folder}/val/*", unused)) and unused["folders"] == 2
+    assert len(list(matching(f"{folder}/**/val/**/**/*.png", unused))) == 4
 
 
 def test_nodes_are_counted(lsag, model, folder):
