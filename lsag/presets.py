@@ -175,6 +175,6 @@ def _set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _index(part: str) -> int:
     """A place in a list, counted from 0. ValueError for anything else, such as -1."""
-    if not part.isdecimal():
+    if not (part.isascii() and part.isdecimal()):
         raise ValueError(part)
     return int(part)

@@ -23,7 +23,7 @@ ARGUMENTS = {
     "drop_path_rate": "drop_path",
 }
 """timm's names for fields of a configuration."""
-MAX_TENSORS, MAX_PARAMETERS = 20_000, 10**10
+MAX_TENSORS, MAX_PARAMETERS = 10_000, 10**10
 """Above any model in use; what is larger is a typing error, or a file that would use up time and memory."""
 
 
@@ -43,14 +43,15 @@ def build_model(config: ModelConfig | TimmConfig) -> nn.Module:
 
 @contextlib.contextmanager
 def _limited_size() -> Iterator[None]:
-    """ValueError as soon as the models that are built meanwhile have more tensors or values than any in use."""
-    tensors = values = 0
+    """UsageError as soon as what is built meanwhile has more tensors or parameters than any model in use."""
+    tensors = parameters = 0
 
     def add(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal tensors, values
-        tensors, values = tensors + 1, values + (0 if parameter is None else parameter.numel())
-        if tensors > MAX_TENSORS or values > MAX_PARAMETERS:
-            raise ValueError(f"more than {MAX_TENSORS:,} tensors, or {MAX_PARAMETERS:,} parameters")
+        nonlocal tensors, parameters
+        tensors, parameters = tensors + 1, parameters + (0 if parameter is None else parameter.numel())
+        if tensors > MAX_TENSORS or parameters > MAX_PARAMETERS:
+            what = f"the model has more than {MAX_TENSORS:,} tensors or {MAX_PARAMETERS:,} parameters"
+            raise UsageError(what, "choose smaller arguments")
 
     hook = register_module_parameter_registration_hook(add)
     try:
@@ -113,6 +114,8 @@ def timm_model(name: str, arguments: Mapping[str, Any], config: TimmConfig | Non
     while True:
         try:
             return make(**sizes, **given) if make else timm.create_model(name, **sizes, **given)
+        except UsageError:
+            raise
         except Exception as error:  # timm's networks raise whatever they like
             missing = re.search(r"unexpected keyword argument '(img_size|drop_path_rate)'", str(error))
             if missing and missing[1] == "img_size" and given.pop("img_size", None):
