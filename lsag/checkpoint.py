@@ -5,7 +5,7 @@ import io
 import json
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lsag.config import ModelConfig, Preset, validate_preset
+from lsag.config import Description, ModelConfig, Preset, validated
 from lsag.data.sources import placeholder_classes
-from lsag.errors import CheckError, DamagedError, InputError, UsageError
+from lsag.errors import CheckError, DamagedError, InputError, UsageError, is_out_of_memory
 from lsag.files import read_bytes, write_checked, writing
 from lsag.model.build import build_model
 
@@ -50,28 +50,32 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
 
     CheckError for weights that are not finite; they are never written.
     """
-    weights = checkpoint.model.state_dict()
-    if not all(value.isfinite().all() for value in weights.values()):
-        raise CheckError(f"the weights are not finite; {path} was not written", "lower --set train.lr")
-    contents = {**_description(checkpoint), "model": weights, "training": checkpoint.training}
+    contents = {**_description(checkpoint), "model": _weights(path, checkpoint), "training": checkpoint.training}
     file = io.BytesIO()
     with writing(Path(path)):
         torch.save(contents, file)
-        write_checked(Path(path), file.getbuffer())
+        write_checked(Path(path), file.getvalue())
 
 
 def save_safetensors(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write model, preset and classes to a safetensors file, which other tools can read; OutputError if that fails.
+    """Write model, preset and classes to a safetensors file, which other tools can read. The errors of save_checkpoint.
 
-    The metadata entry `lsag` is JSON, with a digest of the weights, because the format has no checksum.
+    The metadata entry `lsag` is JSON; `lsag_sha256` is a digest of it and of the weights, because the format has none.
     """
     weights = {  # copied, because safetensors refuses the shared memory of some timm models
-        name: tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in checkpoint.model.state_dict().items()
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in _weights(path, checkpoint).items()
     }
-    described = {**_description(checkpoint), "weights_sha256": weights_digest(weights)}
+    described = json.dumps(_description(checkpoint))
     with writing(Path(path)):
-        write_checked(Path(path), safetensors.torch.save(weights, {"lsag": json.dumps(described)}))
+        metadata = {"lsag": described, "lsag_sha256": weights_digest(weights, described)}
+        write_checked(Path(path), safetensors.torch.save(weights, metadata))
+
+
+def _weights(path: str | Path, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    weights = checkpoint.model.state_dict()
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise CheckError(f"the weights are not finite; {path} was not written", "lower --set train.lr")
+    return weights
 
 
 def _description(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -85,53 +89,53 @@ def _description(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of the names, shapes, types and values of `weights`."""
-    digest = hashlib.sha256()
+def weights_digest(weights: Mapping[str, torch.Tensor], described: str = "") -> str:
+    """SHA-256 of a description, and of the names, shapes, types and values of `weights`."""
+    digest = hashlib.sha256(described.encode())
     for name in sorted(weights):
         digest.update(f"{name} {tuple(weights[name].shape)} {weights[name].dtype}".encode())
-        digest.update(weights[name].detach().cpu().contiguous().numpy().tobytes())
+        digest.update(weights[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint or safetensors file written by lsag; the model is on the CPU and in evaluation mode.
 
-    Every byte is checked against the file's checksums, and only plain data is read (`weights_only`). Raises InputError
-    for a file that is missing, damaged, of another kind, or in a newer format.
+    All that is used of the file is checked against its checksums, and only plain data is read (`weights_only`). Raises
+    InputError for a file that is missing, damaged, of another kind, or in another format.
     """
     path = Path(path)
-    contents = _read_safetensors(path) if path.suffix == ".safetensors" else _read(path)
+    contents = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if not isinstance(contents, dict) or contents.get("kind") != "lsag":
         kind = " (weights of another project? the authors' own: lsag convert)" if isinstance(contents, dict) else ""
         raise InputError(f"{path} is not an lsag checkpoint{kind}", "give a file written by lsag train or lsag convert")
-    if not isinstance(contents.get("format"), int) or contents["format"] != FORMAT:
-        raise InputError(
-            f"{path} has checkpoint format {contents.get('format')}, this lsag reads {FORMAT}", "upgrade lsag"
-        )
+    found = contents.get("format")
+    if type(found) is not int or found != FORMAT:
+        known = found if type(found) is int and abs(found) < 1000 else "of another kind"
+        raise InputError(f"{path} has checkpoint format {known}, this lsag reads {FORMAT}", "upgrade lsag")
     try:
-        preset = validate_preset(contents["preset"], origin=f"the preset in {path}")
-        classes, weights = tuple(contents["classes"]), contents["model"]
-        epoch, metrics, training = int(contents["epoch"]), dict(contents["metrics"]), contents.get("training")
+        described = {key: contents[key] for key in Description.model_fields if key in contents}
+        about = validated(Description, described, origin="its description")
+        weights, training = contents.get("model"), contents.get("training")
         if not isinstance(training, dict | None):
             raise ValueError("the state of its training is not a table")
-        if len(classes) != preset.model.num_classes:
-            raise ValueError(f"{len(classes)} class names for {preset.model.num_classes} classes")
         with torch.device("meta"):
-            model = build_model(preset.model)
+            model = build_model(about.preset.model)
         check_weights(weights, model.state_dict())
-        if isinstance(preset.model, ModelConfig):
+        if isinstance(about.preset.model, ModelConfig):
             model.load_state_dict(weights, assign=True)
             model.requires_grad_(True)
         else:  # some timm models have buffers that are not saved
-            model = build_model(preset.model)
+            model = build_model(about.preset.model)
             model.load_state_dict(weights)
     except Exception as error:  # the contents may be of any type
+        if is_out_of_memory(error):
+            raise
         reason = error.what if isinstance(error, UsageError) else error
         raise DamagedError(
             f"{path} does not contain what its format promises: {reason}", "use an undamaged file"
         ) from error
-    return Checkpoint(model.eval(), preset, classes, epoch, metrics, training)
+    return Checkpoint(model.eval(), about.preset, about.classes, about.epoch, about.metrics, training)
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -139,45 +143,61 @@ def _read_safetensors(path: Path) -> Any:
     try:
         weights = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        described = json.loads(header.get("__metadata__", {}).get("lsag", "null"))
+        metadata = header.get("__metadata__", {})
+        if "lsag" not in metadata:
+            return {"model": weights}
+        contents = {**json.loads(metadata["lsag"]), "model": weights}
+        same = metadata.get("lsag_sha256") == weights_digest(weights, metadata["lsag"])
     except Exception as error:  # safetensors raises its own types, json others
+        if is_out_of_memory(error):
+            raise
         raise DamagedError(
             f"{path} is not a safetensors file, or is truncated or damaged", "use an undamaged file"
         ) from error
-    if not isinstance(described, dict):
-        return {"model": weights}
-    if described.get("weights_sha256") != weights_digest(weights):
-        raise DamagedError(f"{path} is damaged or was changed: the digest of its weights differs", "use another file")
-    return {**described, "model": weights}
+    if not same:
+        raise DamagedError(f"{path} is damaged, was changed or is older: its digest differs", "export it again")
+    return contents
 
 
-def _read(path: Path) -> Any:
-    data = read_bytes(path, what="checkpoint")
+def read_torch(path: Path, *, allowed: Sequence[type] = ()) -> Any:
+    """What a file of torch.save holds: plain data and tensors, and objects of the `allowed` types.
+
+    torch trusts the directory of the archive, and leaves memory uninitialised where that is damaged. So every member is
+    checked against its CRC, and torch reads an archive of what was checked and nothing else. InputError for a file that
+    cannot be read, DamagedError for one that is damaged, compressed or of another kind.
+    """
+    data, checked = read_bytes(path, what="checkpoint"), io.BytesIO()
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = archive.infolist()
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            if not stored or sum(entry.file_size for entry in entries) > len(data):
-                raise DamagedError(f"{path} is compressed, as no checkpoint is", "give a file written by lsag")
-            damaged = archive.testzip()
-            if damaged is not None:
-                raise DamagedError(f"{path} is truncated or damaged (checksum of {damaged})", "use an undamaged file")
-    except InputError:
-        raise
+        with (
+            warnings.catch_warnings(action="error"),  # about two members of one name
+            zipfile.ZipFile(io.BytesIO(data)) as archive,
+            zipfile.ZipFile(checked, "w") as copy,
+        ):
+            members = archive.infolist()
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            if not stored or sum(member.file_size for member in members) > len(data):
+                raise DamagedError(f"{path} is compressed, as no checkpoint is", "give a file of torch.save")
+            for member in members:
+                copy.writestr(zipfile.ZipInfo(member.filename), archive.read(member))
     except Exception as error:  # zipfile raises many types for a damaged directory
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
         raise DamagedError(
-            f"{path} is not a checkpoint, or is truncated or damaged", "give a file written by lsag"
+            f"{path} is not a checkpoint, or is truncated or damaged",
+            "use an undamaged file of torch.save (1.6 or newer)",
         ) from error
+    del data
+    checked.seek(0)
     try:
-        with warnings.catch_warnings(action="ignore"):  # about sparse tensors, which are refused
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([*allowed]):  # sparse tensors
+            return torch.load(checked, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for a file that is not its own
-        reason = (
-            "it contains objects that are not plain data"
-            if "Unsupported" in str(error)
-            else "not written by torch.save"
-        )
-        raise DamagedError(f"{path} was refused: {reason}", "the authors' own files: lsag convert") from error
+        if is_out_of_memory(error):
+            raise
+        foreign = "Unsupported" in str(error)
+        reason = "it contains objects that are not plain data" if foreign else "not written by torch.save"
+        fix = "give plain weights" if allowed else "the authors' own files: lsag convert"
+        raise DamagedError(f"{path} was refused: {reason}", fix) from error
 
 
 def check_weights(weights: Any, wanted: Mapping[str, torch.Tensor]) -> None:
@@ -185,25 +205,34 @@ def check_weights(weights: Any, wanted: Mapping[str, torch.Tensor]) -> None:
 
     It counts what is wrong, and names the first three keys of each kind.
     """
-    if not isinstance(weights, dict) or not all(
-        isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-        for value in weights.values()
-    ):
+    if not isinstance(weights, dict) or not all(map(is_plain, weights.values())):
         raise ValueError("the weights are not plain tensors")
     shared = [key for key in wanted if key in weights]
+    alike = {key for key in shared if _layout(weights[key]) == _layout(wanted[key])}
     problems = {
         "missing": [key for key in wanted if key not in weights],
         "unknown": [key for key in weights if key not in wanted],
         "of another shape or type": [
             f"{key} is {_layout(weights[key])}, the model has {_layout(wanted[key])}"
             for key in shared
-            if _layout(weights[key]) != _layout(wanted[key])
+            if key not in alike
         ],
-        "not finite": [key for key in shared if not weights[key].isfinite().all()],
+        "not finite": [key for key in shared if key in alike and not weights[key].isfinite().all()],
     }
     found = [f"{len(keys)} {what}: {', '.join(keys[:3])}" for what, keys in problems.items() if keys]
     if found:
         raise ValueError(f"the weights do not fit: {'; '.join(found)}")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether `value` is a real, dense tensor on the CPU with memory for each of its values."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_quantized or value.is_complex())
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
 
 
 def _layout(tensor: torch.Tensor) -> str:

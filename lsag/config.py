@@ -10,13 +10,14 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
+    InstanceOf,
     JsonValue,
     Strict,
     Tag,
@@ -42,6 +43,10 @@ BelowOne = Annotated[Real, Field(ge=0, lt=1)]
 PositiveReal = Annotated[Real, Field(gt=0)]
 Shift = tuple[Integer, Integer]
 
+MAX_BLOCKS = 1000
+MAX_TOML_BYTES = 32_768
+"""Above any preset. tomllib takes a time that grows with the square of the parts of a dotted key."""
+
 SWIN_WINDOW = 8
 """Patches along a side of a window. Swin's own 7 divides none of the presets' grids. A smaller grid is one window."""
 # timm's syntax: magnitude, its spread and limit, number of operations, probability, increasing severity.
@@ -66,15 +71,18 @@ DATASETS: dict[str, DatasetInfo] = {
 }
 
 
-class _Frozen(BaseModel):
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class StageConfig(_Frozen):
+class StageConfig(Frozen):
     """One level of the pyramid: `depth` blocks at one resolution and width (paper, Table 2)."""
 
     embed_dim: Size
-    depth: Annotated[Integer, Field(gt=0, le=1000)]
+    depth: Annotated[Integer, Field(gt=0, le=MAX_BLOCKS)]
     num_heads: Size
     num_kv_heads: Size = Field(default_factory=lambda fields: fields.get("num_heads", 1))
 
@@ -87,7 +95,7 @@ class StageConfig(_Frozen):
         return self
 
 
-class ModelConfig(_Frozen):
+class ModelConfig(Frozen):
     """The network (paper, section 3 and Table 2). Sizes in pixels; shifts as (px, py), px to the right and py down."""
 
     image_size: Size
@@ -111,6 +119,8 @@ class ModelConfig(_Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if sum(stage.depth for stage in self.stages) > MAX_BLOCKS:
+            raise ValueError(f"the stages have more than {MAX_BLOCKS} blocks")
         if self.shifts[0] != (0, 0):
             raise ValueError(f"the first shift must be [0, 0], the unshifted variant, not {list(self.shifts[0])}")
         if self.shift_mode == "extend" and min(min(shift) for shift in self.shifts) < 0:
@@ -156,7 +166,7 @@ class ModelConfig(_Frozen):
         return tuple(sides)
 
 
-class TimmConfig(_Frozen):
+class TimmConfig(Frozen):
     """A timm classifier instead of LSAG: a baseline trained with the same recipe."""
 
     timm: Annotated[str, Field(min_length=1, max_length=500)]
@@ -185,7 +195,7 @@ def _tag(model: Any) -> str:
     return "timm" if isinstance(model, TimmConfig) or (isinstance(model, dict) and "timm" in model) else "lsag"
 
 
-class DataConfig(_Frozen):
+class DataConfig(Frozen):
     """The dataset, and how an image becomes the input of the model."""
 
     dataset: DatasetName
@@ -199,7 +209,7 @@ class DataConfig(_Frozen):
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
 
 
-class AugmentConfig(_Frozen):
+class AugmentConfig(Frozen):
     """Augmentation and regularisation of the targets: as in DeiT, without repeated augmentation (section 3.3)."""
 
     hflip: Probability = 0.5
@@ -225,7 +235,7 @@ class AugmentConfig(_Frozen):
         return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
 
-class TrainConfig(_Frozen):
+class TrainConfig(Frozen):
     """The optimisation: AdamW, linear warm-up, cosine (section 3.3). Learning rates are for a batch of 512 images."""
 
     epochs: Positive = 300
@@ -256,7 +266,7 @@ class TrainConfig(_Frozen):
         return self
 
 
-class PaperFigures(_Frozen):
+class PaperFigures(Frozen):
     """The paper's figures for this model, for comparison only. Its "GFLOPs" are multiply-accumulates."""
 
     params_m: Real | None = None
@@ -265,7 +275,7 @@ class PaperFigures(_Frozen):
     top1: dict[str, Real] = {}
 
 
-class Preset(_Frozen):
+class Preset(Frozen):
     """A complete, reproducible description of a model and its training."""
 
     # Run folders are named after it: not a path, and not only dots.
@@ -319,6 +329,21 @@ class Preset(_Frozen):
         return validate_preset(values, origin=f"preset {self.name}")
 
 
+class Description(Frozen):
+    """What a file says about the model in it."""
+
+    preset: Preset
+    classes: tuple[InstanceOf[str], ...]
+    epoch: Annotated[Integer, Field(ge=0)] = 0
+    metrics: dict[str, Real] = {}
+
+    @model_validator(mode="after")
+    def _names_each_class(self) -> Self:
+        if len(self.classes) != self.preset.model.num_classes:
+            raise ValueError(f"{len(self.classes)} class names for {self.preset.model.num_classes} classes")
+        return self
+
+
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by the dotted keys that --set takes, such as `train.epochs` and `model.stages.0.depth`.
 
@@ -345,6 +370,8 @@ def changed_keys(old: Preset | None, new: Preset) -> list[str]:
 
 def parse_override(text: str) -> tuple[str, Any]:
     """Split 'a.b=value' into its key and its value; the value is read as TOML, or else taken as a string."""
+    if len(text) > MAX_TOML_BYTES:
+        raise UsageError(f"--set {text[:40]}... is too long for a setting", "give a shorter value")
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"--set {text!r} is not of the form KEY=VALUE", "for example --set train.epochs=10")
@@ -381,8 +408,13 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 def validate_preset(values: Mapping[str, Any], *, origin: str) -> Preset:
     """A Preset from plain data, or one UsageError that begins with `origin` and lists everything that is wrong."""
+    return validated(Preset, values, origin=origin)
+
+
+def validated(kind: type[Kind], values: Any, *, origin: str) -> Kind:
+    """A `kind` from plain data, or one UsageError that begins with `origin` and lists everything that is wrong."""
     try:
-        return Preset.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise UsageError(f"{origin}: {in_one_line(error)}", "change it with --set KEY=VALUE or in the file") from error
 
@@ -393,17 +425,19 @@ def in_one_line(error: ValidationError) -> str:
 
 
 def _explain(problem: Any) -> str:
-    loc = problem["loc"]
-    if loc[:1] == ("model",):
-        loc = loc[:1] + loc[2:]  # without the tag of the union
+    path = problem["loc"]
+    if path[:1] == ("preset",):  # of a Description
+        path = path[1:]
+    loc = path[:1] + path[2:] if path[:1] == ("model",) else path  # without the tag of the union
     where = ".".join(str(part) for part in loc)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {where}{_suggestion(where, problem['loc'])}"
+        return f"unknown key {where}{_suggestion(where, path)}"
     if problem["type"] == "missing":
         return f"{where} is missing"
     got = problem["input"]
-    shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
+    short = isinstance(got, str | float | None) or (isinstance(got, int) and abs(got) < 10**20)
+    shown = f" (got {got!r})" if short else ""
     return f"{where}: {message}{shown}" if where else message
 
 

@@ -1,18 +1,17 @@
 """The authors' released checkpoints, converted to this project's layout."""
 
 import argparse
-import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lsag.checkpoint import Checkpoint, check_weights, save_checkpoint
+from lsag.checkpoint import Checkpoint, check_weights, is_plain, read_torch, save_checkpoint
 from lsag.config import ModelConfig, Preset
 from lsag.data.sources import placeholder_classes
-from lsag.errors import InputError, UsageError, first_line
-from lsag.files import read_bytes
+from lsag.errors import InputError, UsageError
 from lsag.model.network import LSAG
 
 _RENAMED = {
@@ -29,26 +28,16 @@ _RENAMED = {
 def read_released(path: str | Path) -> dict[str, Tensor]:
     """The weights of a released file: a dict with the key `model` or `state_dict`, or the weights themselves.
 
-    Loaded with `weights_only`, which besides plain data allows the release's `argparse.Namespace`; InputError for a
-    file with anything else.
+    Besides plain data it may hold the release's `argparse.Namespace`; InputError for a file with anything else.
     """
-    file = io.BytesIO(read_bytes(Path(path), what="checkpoint"))
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            contents = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types for a file that is not its own
-        raise InputError(
-            f"{path} is not a checkpoint that can be read safely: {first_line(error)}", "give a released .pth"
-        ) from error
+    contents = read_torch(Path(path), allowed=[argparse.Namespace])
+    if isinstance(contents, dict) and contents.get("kind") == "lsag":
+        raise InputError(f"{path} is a checkpoint of lsag already", "use it as it is")
     for key in ("model", "state_dict"):
         if isinstance(contents, dict):
             contents = contents.get(key, contents)
     if not isinstance(contents, dict) or not all(
-        isinstance(key, str)
-        and isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        for key, value in contents.items()
+        isinstance(key, str) and is_plain(value) for key, value in contents.items()
     ):
         raise InputError(f"{path} holds no weights under 'model' or 'state_dict'", "give a released .pth")
     return contents
@@ -108,7 +97,7 @@ def _rename(key: str) -> str:
     match key.split("."):
         case ["mlp_head", kind]:
             return f"head.{kind}"
-        case ["layers", stage, "1", ("conv" | "norm") as name, kind] if stage.isdecimal():
+        case ["layers", stage, "1", ("conv" | "norm") as name, kind] if re.fullmatch("[0-9]{1,4}", stage):
             # The release puts the downsampling at the end of a stage, we at the start of the next.
             return f"stages.{int(stage) + 1}.down.{name}.{kind}"
         case ["layers", stage, "0", "pos_emb"]:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from lsag.errors import UnavailableError
+from lsag.errors import UnavailableError, UsageError
 
 
 def choose_device(name: str = "auto", *, keep_memory: bool = True) -> torch.device:
@@ -32,13 +32,16 @@ def choose_device(name: str = "auto", *, keep_memory: bool = True) -> torch.devi
 def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
     """What `precision` ("auto", "bf16", "fp16" or "fp32") means on a device.
 
-    `auto` is bf16 on CUDA, or fp16 on GPUs that have no bf16; elsewhere fp32.
+    `auto` is bf16 on CUDA, or fp16 on GPUs that have no bf16; elsewhere fp32. UsageError for another name.
     """
     if precision == "auto":
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if precision not in dtypes:
+        raise UsageError(f"unknown precision '{precision}'", f"use one of: auto, {', '.join(dtypes)}")
+    return dtypes[precision]
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager[None]:

@@ -18,6 +18,13 @@ def first_line(error: BaseException) -> str:
     return (text.splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, in Python, on a GPU or in torch's allocator for the CPU; by name, to not import torch."""
+    return (
+        isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "DefaultCPUAllocator" in str(error)
+    )
+
+
 class UsageError(LsagError, ValueError):
     """A name, option or configuration value that cannot be used."""
 

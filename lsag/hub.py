@@ -1,19 +1,22 @@
 """Models on Hugging Face's hub: a folder with model.safetensors and config.json, on this machine or on the hub."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 
-from lsag.checkpoint import Checkpoint
-from lsag.config import validate_preset
+from lsag.checkpoint import Checkpoint, load_checkpoint, save_safetensors
+from lsag.config import Description, validated
+from lsag.errors import InputError
 from lsag.inference.classifier import Classifier as InferenceClassifier
 from lsag.model.build import build_model
 
 
 class Classifier(
     InferenceClassifier,
-    PyTorchModelHubMixin,
+    ModelHubMixin,
     library_name="lsag",
     tags=["image-classification", "lsag"],
     pipeline_tag="image-classification",
@@ -22,8 +25,8 @@ class Classifier(
 
     def __init__(self, preset: dict[str, Any], classes: Sequence[str]) -> None:
         """A classifier with random weights; the hub stores the arguments as config.json."""
-        validated = validate_preset(preset, origin="the preset in config.json")
-        super().__init__(Checkpoint(build_model(validated.model), validated, tuple(classes)), precision="fp32")
+        about = validated(Description, {"preset": preset, "classes": classes}, origin="the model's description")
+        super().__init__(Checkpoint(build_model(about.preset.model), about.preset, about.classes), precision="fp32")
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:
@@ -35,3 +38,21 @@ class Classifier(
     def checkpoint(self) -> Checkpoint:
         """The checkpoint that `lsag.checkpoint.save_checkpoint` writes."""
         return Checkpoint(self.model.eval(), self.preset, self.classes)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_safetensors(save_directory / SAFETENSORS_SINGLE_FILE, self.checkpoint())
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, preset: Any = None, classes: Any = None, **download: Any) -> Self:
+        """A model in a folder or on the hub, checked like a checkpoint. InputError if config.json does not fit it."""
+        file = Path(model_id) / SAFETENSORS_SINGLE_FILE
+        if not Path(model_id).is_dir():
+            file = Path(hf_hub_download(model_id, SAFETENSORS_SINGLE_FILE, **download))
+        found = cls.of(load_checkpoint(file))
+        try:
+            about = Description(preset=preset, classes=classes)
+        except ValueError:
+            about = None
+        if about is None or (about.preset, about.classes) != (found.preset, found.classes):
+            raise InputError(f"config.json does not describe {file}", "save or push the model again")
+        return found

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lsag.config import DATASETS, Preset, TimmConfig, did_you_mean, parse_spec, validate_preset
+from lsag.config import DATASETS, MAX_TOML_BYTES, Preset, TimmConfig, did_you_mean, parse_spec, validate_preset
 from lsag.errors import LsagError, UsageError
 
-MAX_PRESET_BYTES, MAX_EXTENDS = 1_000_000, 16
+MAX_JSON_BYTES, MAX_EXTENDS = 1_000_000, 16
 ABLATED = "cifar-tiny"
 """The preset that the paper's Tables 5 and 6 ablate, and for which they give figures."""
 
@@ -77,7 +77,7 @@ def _read(name_or_path: str | Path, *, extended_by: Path | None = None) -> tuple
             raise UsageError(
                 f"no preset or file '{name}'{where}{did_you_mean(Path(name).name, known)}", "see: lsag presets"
             )
-        if file.stat().st_size > MAX_PRESET_BYTES:
+        if file.stat().st_size > (MAX_JSON_BYTES if file.suffix == ".json" else MAX_TOML_BYTES):
             raise UsageError(f"{file} is too large for a preset", "give a TOML file")
         text = file.read_bytes().decode("utf-8-sig")
         values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
@@ -167,7 +167,14 @@ def _set_key(values: dict[str, Any], key: str, value: Any) -> None:
     node: Any = values
     try:
         for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[int(last) if isinstance(node, list) else last] = value
+            node = node[_index(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[_index(last) if isinstance(node, list) else last] = value
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise UsageError(f"no setting '{key}'", "see the preset's keys with: lsag train --dry-run") from error
+
+
+def _index(part: str) -> int:
+    """A place in a list, counted from 0. ValueError for anything else, such as -1."""
+    if not (part.isascii() and part.isdecimal()):
+        raise ValueError(part)
+    return int(part)

@@ -16,7 +16,14 @@ from typer.exceptions import TyperException
 
 from lsag import __version__
 from lsag.distributed.launch import launched, report
-from lsag.errors import InterruptedByUserError, LsagError, PeerLostError, TerminatedError, WorkerError
+from lsag.errors import (
+    InterruptedByUserError,
+    LsagError,
+    PeerLostError,
+    TerminatedError,
+    WorkerError,
+    is_out_of_memory,
+)
 from lsag.training.signals import StopRequestedError
 from lsag_cli import output
 from lsag_cli.bench import bench
@@ -137,12 +144,7 @@ def run() -> int:
             raise
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return fail(f"the path {str(error.filename)[:100]}... is too long", "choose a shorter one", 2)
-        # By name, so that torch is not imported: OutOfMemoryError on a GPU, its allocator's RuntimeError on the CPU.
-        if (
-            isinstance(error, MemoryError)
-            or "OutOfMemory" in type(error).__name__
-            or "DefaultCPUAllocator" in str(error)
-        ):
+        if is_out_of_memory(error):
             return fail("out of memory", "train: --accum 2, --recompute all; eval: lower --batch-size", 4)
         return bug(error)
 

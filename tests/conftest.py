@@ -1,6 +1,7 @@
 """Fixtures: small presets, the material beside a checkout where it is present, and a run of the command line."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -67,6 +68,12 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def images(batch: int, config: ModelConfig, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, config.in_channels, config.image_size, config.image_size, generator=generator)
+
+
+def quantized() -> Tensor:
+    """Ten values of eight bits: a tensor that is no weight."""
+    with warnings.catch_warnings(action="ignore"):  # torch will remove them some day
+        return torch.quantize_per_tensor(torch.zeros(10), 0.1, 0, torch.qint8)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,15 @@
 import argparse
+import zipfile
 
 import pytest
 import torch
 from torch import Tensor
 
 from lsag import LSAG, ModelConfig, load_checkpoint, load_preset
+from lsag.checkpoint import random_checkpoint, save_checkpoint
 from lsag.convert import convert_file, from_released
 from lsag.errors import InputError
-from tests.conftest import CIFAR_SHIFTS, IMAGENET_SHIFTS, images, randomise, shared, small_config
+from tests.conftest import CIFAR_SHIFTS, IMAGENET_SHIFTS, images, quantized, randomise, shared, small_config
 from tests.model import oracle
 
 
@@ -147,6 +149,31 @@ def test_keys_of_other_projects_are_unknown_not_a_crash():
 def test_imagenet_presets_keep_the_order_of_their_shifts(name):
     config = load_preset(name, {"model.image_size": 28, "model.num_classes": 5}).model
     assert from_released(released_layout(LSAG(config)), config).config.shifts == config.shifts == IMAGENET_SHIFTS
+
+
+@pytest.mark.parametrize(
+    ("weights", "word"),
+    [
+        ({"norm.bias": quantized()}, "holds no weights"),
+        ({"norm.bias": torch.zeros(10, dtype=torch.complex64)}, "holds no weights"),
+        ({"norm.bias": torch.zeros(1).expand(10**12)}, "holds no weights"),
+        ({f"layers.{'9' * 5000}.1.conv.bias": torch.zeros(1)}, "1 unknown: layers.999"),
+    ],
+)
+def test_what_only_looks_like_weights_is_refused(tmp_path, weights, word):
+    torch.save(weights, tmp_path / "file.pth")
+    with pytest.raises(InputError, match=word):
+        convert_file(tmp_path / "file.pth", load_preset("digits-nano"), tmp_path / "out.pt")
+
+
+def test_a_bomb_and_a_checkpoint_of_lsag_are_not_the_release(tmp_path):
+    preset = load_preset("digits-nano")
+    save_checkpoint(tmp_path / "ours.pt", random_checkpoint(preset))
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("a/data.pkl", bytes(10_000_000))
+    for name, word in (("ours.pt", "is a checkpoint of lsag already"), ("bomb.pth", "compressed")):
+        with pytest.raises(InputError, match=word):
+            convert_file(tmp_path / name, preset, tmp_path / "out.pt")
 
 
 class Payload:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from lsag.config import DataConfig, Preset
+from lsag.errors import UsageError
 
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 0x0112, 0x0102, 0x0106, 0
 """Tags of EXIF and TIFF."""
@@ -60,6 +61,20 @@ def eval_transform(preset: Preset) -> Any:
             transforms.CenterCrop(size),
             transforms.PILToTensor(),
         ]
+    )
+
+
+def check_images(images: Any, preset: Preset) -> None:
+    """UsageError unless `images` are what `eval_transform` makes, at least one: uint8 (B, C, size, size)."""
+    shape = (preset.model.in_channels, preset.model.image_size, preset.model.image_size)
+    if not isinstance(images, Tensor):
+        found = type(images).__name__
+    else:
+        found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
+        if images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1:] == shape and len(images):
+            return
+    raise UsageError(
+        f"{preset.name} takes uint8 images (B, {', '.join(map(str, shape))}), not {found}", "see .transform"
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lsag.checkpoint import Checkpoint, load_checkpoint
 from lsag.config import Precision
-from lsag.data.transforms import Normalize, eval_transform
+from lsag.data.transforms import Normalize, check_images, eval_transform
 from lsag.device import autocast, autocast_dtype, choose_device
 from lsag.inference.providers import check_model
 from lsag.inference.session import Session
@@ -30,6 +30,7 @@ class Classifier(nn.Module):
         self.model, self.normalize = checkpoint.model, Normalize(checkpoint.preset.data)
         self.transform = eval_transform(checkpoint.preset)
         self.to(device)
+        autocast_dtype(self.device, precision)  # refuses an unknown one
 
     @property
     def device(self) -> torch.device:
@@ -41,7 +42,8 @@ class Classifier(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, image_size, image_size) -> logits (B, num_classes)."""
+        """uint8 (B, C, image_size, image_size) -> logits (B, num_classes). UsageError for other images."""
+        check_images(images, self.preset)
         with autocast(self.device, autocast_dtype(self.device, self.precision)):
             return self.model(self.normalize(images.to(self.device, non_blocking=True)))
 

@@ -19,7 +19,7 @@ from lsag.errors import CheckError, UsageError, first_line
 from lsag.files import replacing
 from lsag.inference.classifier import Classifier
 from lsag.inference.providers import OPSETS, Opset
-from lsag.inference.session import FORMAT, METADATA_KEY, Session, graph_digest
+from lsag.inference.session import FORMAT, METADATA_KEY, Session, sealed
 
 CHECKED_BATCHES = (1, 2, 5, 64)
 CHECKED_BYTES = 2**30
@@ -116,9 +116,8 @@ def export_onnx(
     for node in graph.graph.node:
         del node.metadata_props[:]  # the exporter's stack traces, with paths of this machine
     metadata = describe(checkpoint, half=half, batch=batch, raw_input=raw_input)
-    metadata["graph_sha256"] = graph_digest(graph)
     onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(metadata)})
-    contents = graph.SerializeToString()
+    contents = sealed(graph.SerializeToString())
     on_verify()
     session, reference, differences, same = Session(contents), Classifier(checkpoint).eval(), [], 0
     batches = (batch,) if batch else checked_batches(checkpoint)

@@ -4,14 +4,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import onnx
 import torch  # before onnxruntime, whose CUDA provider finds torch's CUDA libraries once they are loaded
+from pydantic import Strict
 from torch import Tensor
 
-from lsag.config import Preset, validate_preset
-from lsag.data.transforms import Normalize, eval_transform
+from lsag.config import Description, Frozen, PositiveReal, Preset, Real, Size, validated
+from lsag.data.transforms import Normalize, check_images, eval_transform
 from lsag.errors import InputError, UnavailableError, UsageError, first_line
 from lsag.files import read_bytes
 from lsag.inference.providers import (
@@ -24,8 +25,8 @@ from lsag.inference.providers import (
     missing_library,
 )
 
-METADATA_KEY = "lsag"
-FORMAT = 1
+METADATA_KEY, DIGEST_KEY = "lsag", "lsag_sha256"
+FORMAT = 2
 # fmt: off
 OPERATORS = frozenset({
     "Add", "Attention", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "Conv", "Div",
@@ -44,6 +45,27 @@ WORK = frozenset({
 })
 # fmt: on
 """Operators that take time; the others arrange data and shapes."""
+
+
+class GraphInput(Frozen, extra="ignore"):
+    """What a graph takes, and how a client gets there from an image (docs/inference.md)."""
+
+    layout: Literal["NHWC", "NCHW"]
+    dtype: Literal["uint8", "float32"]
+    batch: Size | None
+    mode: Literal["L", "RGB"]
+    resize_shorter_side: Size
+    center_crop: Size
+    interpolation: Literal["bicubic", "bilinear", "nearest"]
+    mean: tuple[Real, ...]
+    std: tuple[PositiveReal, ...]
+    normalised_inside: Annotated[bool, Strict()]
+
+
+class Metadata(Description, extra="ignore"):
+    """What an exported graph says about itself."""
+
+    input: GraphInput
 
 
 class Session:
@@ -160,21 +182,27 @@ class Session:
             name = ".".join(filter(None, (foreign.domain, foreign.op_type))) if foreign else "functions of its own"
             raise InputError(f"{path} was refused: it has {name[:60]}, as no export has", "use a file of lsag export")
         try:
-            metadata = json.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA_KEY))
-            if metadata["format"] != FORMAT:
-                raise InputError(f"{path} has format {metadata['format']}, this lsag reads {FORMAT}", "upgrade lsag")
-            self.preset = validate_preset(metadata["preset"], origin=f"the preset in {path}")
-            self.classes, self.input = tuple(metadata["classes"]), metadata["input"]
-            self.batch: int | None = self.input["batch"]
-            if metadata["graph_sha256"] != graph_digest(model):
-                raise InputError(f"{path} is damaged or was changed: its digest differs", "export it again")
+            values = json.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA_KEY))
+            if values["format"] != FORMAT:
+                what = f"{path} has format {values['format']}, this lsag reads {FORMAT}"
+                raise InputError(what, "export it again, or upgrade lsag")
         except InputError:
             raise
         except Exception as error:  # whatever is not as lsag export writes it
             raise InputError(f"{path} was not exported by lsag: it has no such metadata", "use lsag export") from error
+        if not is_sealed(self._data):
+            raise InputError(f"{path} is damaged or was changed: its digest differs", "export it again")
+        try:
+            metadata = validated(Metadata, values, origin="its metadata")
+        except UsageError as error:
+            what = f"{path} does not contain what its format promises: {error.what}"
+            raise InputError(what, "export it again") from error
+        self.preset, self.classes = metadata.preset, metadata.classes
+        self.input, self.batch = metadata.input.model_dump(), metadata.input.batch
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, image_size, image_size) -> logits, float32 (B, num_classes)."""
+        """uint8 (B, C, image_size, image_size) -> logits, float32 (B, num_classes). UsageError for other images."""
+        check_images(images, self.preset)
         if self.batch is None:
             return self._run(images)
         logits = []
@@ -218,9 +246,21 @@ class Session:
         return [node for part in parts if part.ep_name == provider for node in part.get_nodes()]
 
 
-def graph_digest(model: onnx.ModelProto) -> str:
-    """SHA-256 of the graph and its weights, without the metadata."""
-    return hashlib.sha256(model.graph.SerializeToString(deterministic=True)).hexdigest()
+def sealed(graph: bytes) -> bytes:
+    """A serialized graph with the digest of all of its bytes, as one more entry of its metadata at the end."""
+    return graph + _seal(graph)
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether every byte of a file is as `sealed` left it."""
+    length = len(_seal(b""))
+    return data[-length:] == _seal(memoryview(data)[:-length])
+
+
+def _seal(graph: bytes | memoryview) -> bytes:
+    # Serialized messages that follow each other are one message with the fields of both.
+    entry = onnx.StringStringEntryProto(key=DIGEST_KEY, value=hashlib.sha256(graph).hexdigest())
+    return onnx.ModelProto(metadata_props=[entry]).SerializeToString()
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -1,12 +1,14 @@
 """The network that a configuration describes: LSAG, or a classifier of timm under the same recipe."""
 
+import contextlib
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from lsag.config import ModelConfig, Recompute, TimmConfig
@@ -21,6 +23,8 @@ ARGUMENTS = {
     "drop_path_rate": "drop_path",
 }
 """timm's names for fields of a configuration."""
+MAX_TENSORS, MAX_PARAMETERS = 10_000, 10**10
+"""Above any model in use; what is larger is a typing error, or a file that would use up time and memory."""
 
 
 def build_model(config: ModelConfig | TimmConfig) -> nn.Module:
@@ -29,10 +33,31 @@ def build_model(config: ModelConfig | TimmConfig) -> nn.Module:
     UsageError if timm has no such classifier, or if it does not accept such images.
     """
     if isinstance(config, ModelConfig):
+        if count(config).params > MAX_PARAMETERS:
+            raise UsageError(f"the model has {count(config).params:,} parameters", "choose smaller settings of model")
         return LSAG(config)
-    with torch.device("meta"):  # only shapes, without memory
+    with torch.device("meta"), _limited_size():  # only shapes, without memory
         _logits(timm_model(config.timm, config.arguments, config).eval(), config, batch=1)
     return timm_model(config.timm, config.arguments, config)
+
+
+@contextlib.contextmanager
+def _limited_size() -> Iterator[None]:
+    """UsageError as soon as what is built meanwhile has more tensors or parameters than any model in use."""
+    tensors = parameters = 0
+
+    def add(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal tensors, parameters
+        tensors, parameters = tensors + 1, parameters + (0 if parameter is None else parameter.numel())
+        if tensors > MAX_TENSORS or parameters > MAX_PARAMETERS:
+            what = f"the model has more than {MAX_TENSORS:,} tensors or {MAX_PARAMETERS:,} parameters"
+            raise UsageError(what, "choose smaller arguments")
+
+    hook = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def check_training(config: ModelConfig | TimmConfig, *, slice_size: int, recompute: Recompute = "none") -> None:
@@ -89,6 +114,8 @@ def timm_model(name: str, arguments: Mapping[str, Any], config: TimmConfig | Non
     while True:
         try:
             return make(**sizes, **given) if make else timm.create_model(name, **sizes, **given)
+        except UsageError:
+            raise
         except Exception as error:  # timm's networks raise whatever they like
             missing = re.search(r"unexpected keyword argument '(img_size|drop_path_rate)'", str(error))
             if missing and missing[1] == "img_size" and given.pop("img_size", None):

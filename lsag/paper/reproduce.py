@@ -66,7 +66,7 @@ class Run:
             top1, seconds = float(rows[-1]["top1"]), float(rows[-1]["seconds"])
             if not (0 <= top1 <= 1 and 0 <= seconds < math.inf):
                 raise ValueError
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise InputError(f"{log} is damaged", f"remove {self.folder} to train it again") from error
         return replace(self, top1=top1, seconds=seconds)
 

@@ -3,7 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ConfigDict
+
 from lsag.config import Preset
+
+ROW = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""How rows of a log are validated when they are read."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,22 @@ class Step:
 
 
 @dataclass(frozen=True)
+class StepRow:
+    """An optimizer step: a row of steps.jsonl. Loss and norm of a skipped step are None."""
+
+    __pydantic_config__ = ROW
+    step: int
+    epoch: int
+    loss: float | None
+    lr: float
+    grad_norm: float | None
+
+
+@dataclass(frozen=True)
 class Epoch:
     """A finished epoch: a row of metrics.jsonl. Accuracies are in 0..1; `seconds` is the training time so far."""
 
+    __pydantic_config__ = ROW
     epoch: int
     step: int
     lr: float

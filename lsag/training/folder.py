@@ -1,6 +1,5 @@
 """The run folder on disk: its lock, its logs and its checkpoints, of which at least one is valid at any moment."""
 
-import contextlib
 import fcntl
 import json
 import logging
@@ -10,18 +9,22 @@ import socket
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from lsag.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lsag.errors import DamagedError, InputError, OutputError
 from lsag.failpoints import failpoint
 from lsag.files import replacing, sync_folder, writing
 from lsag.runs import LOCK, METRICS, STEPS, is_temporary, step_file, step_files
+from lsag.training.events import Epoch, StepRow
 
 KEEP = 3
 """Number of checkpoints to keep beside best.pt."""
 
 logger = logging.getLogger(__name__)
+Row = TypeVar("Row")
 
 
 class RunFolder:
@@ -30,7 +33,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         """Create the folder if it is absent, take its lock, and remove what an interrupted write left behind."""
         self.path = path
-        self.steps, self.epochs = Log(path / STEPS), Log(path / METRICS)
+        self.steps, self.epochs = Log(path / STEPS, StepRow), Log(path / METRICS, Epoch)
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / LOCK).open("a+")
@@ -62,7 +65,8 @@ class RunFolder:
         for path in files:
             try:
                 checkpoint = load_checkpoint(path)
-                if (checkpoint.training or {}).get("step") != int(path.stem.removeprefix("step-")):
+                step = (checkpoint.training or {}).get("step")
+                if type(step) is not int or path != step_file(self.path, step):
                     raise DamagedError(f"{path} holds another step than its name says")
                 return path, checkpoint
             except DamagedError as error:
@@ -102,11 +106,11 @@ class RunFolder:
             )
 
 
-class Log:
-    """A file of JSON lines. Rows are held in memory until they are flushed; a write that fails is undone."""
+class Log(Generic[Row]):
+    """A file of rows in JSON. Rows are held in memory until they are flushed; a write that fails is undone."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kind: type[Row]) -> None:
+        self.path, self.kind = path, TypeAdapter(kind)
         self.pending: list[str] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -127,19 +131,26 @@ class Log:
                 raise
         self.pending.clear()
 
-    def rewind(self, keep: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Remove torn rows and those not to `keep`; returns the others."""
-        rows, lines = [], []
+    def rewind(self, keep: Callable[[Row], bool]) -> list[Row]:
+        """Remove torn or damaged rows and those not to `keep`; returns the others."""
+        rows, lines, damaged = [], [], 0
         with writing(self.path):
             if self.path.exists() and not self.path.is_file():
                 raise OutputError(f"{self.path} is not a regular file", "remove it")
             text = self.path.read_text(errors="replace") if self.path.exists() else ""
         for line in text.splitlines(keepends=True):
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):  # from a line not ours
-                row = json.loads(line)
-                if line.endswith("\n") and keep(row):
-                    rows.append(row)
-                    lines.append(line)
+            if not line.endswith("\n"):
+                continue  # torn by a kill
+            try:
+                row = self.kind.validate_json(line)
+            except ValidationError:
+                damaged += 1
+                continue
+            if keep(row):
+                rows.append(row)
+                lines.append(line)
+        if damaged:
+            logger.warning("%d damaged rows of %s were removed", damaged, self.path)
         if "".join(lines) != text:
             with replacing(self.path) as file:
                 file.write("".join(lines).encode())

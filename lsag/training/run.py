@@ -82,8 +82,8 @@ class Run(NoRun):
         position = state.position
         moments = 4 if state.ema else 3  # weights, moving average, AdamW's two moments, in fp32
         self.folder.check_space(state.num_parameters * 4 * moments)
-        self.folder.steps.rewind(lambda row: row["step"] <= position.step)
-        self.history = self.folder.epochs.rewind(lambda row: Epoch(**row).epoch <= position.epoch)
+        self.folder.steps.rewind(lambda row: row.step <= position.step)
+        self.history = [asdict(row) for row in self.folder.epochs.rewind(lambda row: row.epoch <= position.epoch)]
         for name, content in (
             (PRESET, state.preset.model_dump_json(indent=2).encode() + b"\n"),
             (OPTIONS, self.options.to_keep()),

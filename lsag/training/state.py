@@ -1,40 +1,41 @@
 """The state of a training: what changes in it, what a checkpoint keeps of that, and how it is restored."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from pydantic import BaseModel, ConfigDict, InstanceOf, NonNegativeInt
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from lsag.checkpoint import Checkpoint
-from lsag.config import Preset, changed_keys
-from lsag.errors import InputError, UsageError
+from lsag.checkpoint import Checkpoint, check_weights
+from lsag.config import Preset, changed_keys, validated
+from lsag.errors import InputError, UsageError, is_out_of_memory
 from lsag.inference.evaluate import Metrics
 from lsag.training.events import Epoch
 from lsag.training.optim import lr_at
 
 
-@dataclass
-class Position:
+class Position(BaseModel):
     """How far a training is. With the weights and the optimizer's state, all that its rest depends on."""
 
-    step: int = 0
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    step: NonNegativeInt = 0
     """Optimizer steps done, including skipped ones."""
-    epoch: int = 0
+    epoch: NonNegativeInt = 0
     """Epochs done and evaluated."""
     loss_sum: float = 0.0
     """Sum of the losses of the current epoch's steps that were not skipped."""
-    loss_steps: int = 0
+    loss_steps: NonNegativeInt = 0
     """Number of those steps."""
-    skipped: int = 0
-    skipped_in_a_row: int = 0
+    skipped: NonNegativeInt = 0
+    skipped_in_a_row: NonNegativeInt = 0
     best_top1: float = -1.0
-    best_epoch: int = 0
+    best_epoch: NonNegativeInt = 0
     last_top1: float = 0.0
     last_eval_loss: float = 0.0
     seconds: float = 0.0
@@ -50,6 +51,19 @@ class Position:
             self.loss_sum += loss
             self.loss_steps += 1
             self.skipped_in_a_row = 0
+
+
+class Kept(Position):
+    """What a checkpoint keeps of a training beside its model."""
+
+    optimizer: dict[int, dict[Literal["step", "exp_avg", "exp_avg_sq"], Tensor]]
+    """AdamW's state for each weight."""
+    scaler: dict[str, int | float]
+    weights: dict[str, Tensor] | None
+    """Those that are trained, where the model is their moving average."""
+    ema_updates: NonNegativeInt
+    dataset: InstanceOf[str]
+    numerics: dict[str, int | str] = {}
 
 
 @dataclass
@@ -132,7 +146,7 @@ class State:
         position = self.position
         metrics = {"top1": position.last_top1, "loss": position.last_eval_loss} if position.epoch else {}
         training: dict[str, Any] = {
-            **asdict(position),
+            **position.model_dump(),
             "optimizer": self.optimizer.state_dict()["state"],
             "scaler": self.scaler.state_dict(),
             "weights": self.model.state_dict() if self.ema else None,
@@ -145,34 +159,33 @@ class State:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Make everything what it was when `checkpoint` was saved. InputError if it does not hold that."""
         try:
-            training = checkpoint.training or {}
-            weights = training["weights"]
-            self.model.load_state_dict(checkpoint.model.state_dict() if weights is None else weights)
+            kept = validated(Kept, checkpoint.training or {}, origin="its training")
+            weights = checkpoint.model.state_dict() if kept.weights is None else kept.weights
+            check_weights(weights, self.model.state_dict())
+            self.model.load_state_dict(weights)
             if self.ema:
                 self.ema.module.load_state_dict(checkpoint.model.state_dict())
-                self.ema.n_averaged.fill_(training["ema_updates"])
+                self.ema.n_averaged.fill_(kept.ema_updates)
             groups = self.optimizer.state_dict()["param_groups"]
             parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            position = Position(**{item.name: training[item.name] for item in fields(Position)})
-            for item in fields(Position):
-                value = getattr(position, item.name)
-                if type(value) is not item.type or not math.isfinite(value) or (item.type is int and value < 0):
-                    raise ValueError(f"its {item.name} is {value!r}")
             # Empty before the first step that counted, else complete.
-            wanted = range(len(parameters)) if position.step > position.skipped else ()
-            if set(training["optimizer"]) != set(wanted):
+            wanted = range(len(parameters)) if kept.step > kept.skipped else ()
+            if set(kept.optimizer) != set(wanted):
                 raise ValueError("the optimizer's state is not complete")
-            for index, moments in training["optimizer"].items():
-                for name in ("exp_avg", "exp_avg_sq"):
-                    found, weight = moments[name], parameters[index]
-                    if (found.shape, found.dtype) != (weight.shape, weight.dtype) or not found.isfinite().all():
-                        raise ValueError(f"the optimizer's {name} of weight {index} does not fit it")
-            self.optimizer.load_state_dict({"state": training["optimizer"], "param_groups": groups})
-            if self.scaler.is_enabled() and training["scaler"]:
-                self.scaler.load_state_dict(training["scaler"])
-            self.position = position
+            for index, found in kept.optimizer.items():
+                weight = parameters[index]
+                check_weights(found, {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight})
+                if found["step"] < 1 or found["exp_avg_sq"].min() < 0:
+                    raise ValueError(f"the optimizer's state of weight {index} is negative")
+            self.optimizer.load_state_dict({"state": kept.optimizer, "param_groups": groups})
+            if self.scaler.is_enabled() and kept.scaler:
+                self.scaler.load_state_dict(kept.scaler)
+            self.position = Position(**kept.model_dump(include=set(Position.model_fields)))
         except Exception as error:  # contents of any type may stand where ours are expected
-            raise InputError(f"the newest checkpoint cannot be resumed: {error}", "start another run") from error
+            if is_out_of_memory(error):
+                raise
+            reason = error.what if isinstance(error, UsageError) else error
+            raise InputError(f"the newest checkpoint cannot be resumed: {reason}", "start another run") from error
 
     def check_same_run(self, checkpoint: Checkpoint, *, allow_change: Sequence[str], where: Path) -> None:
         """UsageError if `checkpoint` is of another run: one with other settings, classes or images."""

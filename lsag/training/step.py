@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from lsag.data.loading import random_key
 from lsag.device import autocast
 from lsag.distributed.world import World, lost_peers
 from lsag.failpoints import failpoint
+from lsag.training.events import StepRow
 from lsag.training.meter import Meter
 from lsag.training.signals import Signals
 from lsag.training.state import State, keep_buffers
@@ -26,14 +27,9 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """A row of steps.jsonl, and what all ranks agreed to do after it. Loss and norm of a skipped step are None."""
+class StepResult(StepRow):
+    """A row of steps.jsonl, and what all ranks agreed to do after it."""
 
-    step: int
-    epoch: int
-    loss: float | None
-    lr: float
-    grad_norm: float | None
     stop: int
     """The number of the signal that asks to stop, 0 for none."""
     save: bool
@@ -41,7 +37,7 @@ class StepResult:
     @property
     def row(self) -> dict[str, float | None]:
         """The row of steps.jsonl."""
-        return {name: getattr(self, name) for name in ("step", "epoch", "loss", "lr", "grad_norm")}
+        return {item.name: getattr(self, item.name) for item in fields(StepRow)}
 
 
 class TrainStep:

@@ -44,6 +44,28 @@ def test_precision_is_that_of_matrix_products(checkpoint):
     torch.testing.assert_close(exact, rounded.float(), rtol=0.1, atol=0.1 * exact.abs().max().item())
 
 
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1, 1, 8, 8),
+        torch.zeros(1, 8, 8, dtype=torch.uint8),
+        torch.zeros(1, 8, 8, 1, dtype=torch.uint8),
+        torch.zeros(1, 1, 8, 9, dtype=torch.uint8),
+        torch.zeros(0, 1, 8, 8, dtype=torch.uint8),
+        [[0]],
+    ],
+)
+def test_other_images_are_refused_alike(files, images):
+    for name in ("a.pt", "a.onnx"):
+        with pytest.raises(UsageError, match=r"takes uint8 images \(B, 1, 8, 8\), not"):
+            open_model(files / name)(images)
+
+
+def test_an_unknown_precision_is_refused(files):
+    with pytest.raises(UsageError, match="unknown precision 'fp8'"):
+        open_model(files / "a.pt", precision="fp8")
+
+
 def test_the_mode_of_the_model_is_left_alone(checkpoint):
     classifier = Classifier(checkpoint)
     for training in (True, False):

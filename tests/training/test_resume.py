@@ -400,23 +400,46 @@ def test_tensorboard_gets_the_figures_of_the_log(lsag, tmp_path):
     assert events.Scalars("train/lr")[-1].step == 22
 
 
+NAN = float("nan")
+
+
+def not_finite(weights):
+    return {name: torch.full_like(weight, NAN) for name, weight in weights.items()}
+
+
 @pytest.mark.parametrize(
-    ("key", "value"),
+    "change",
     [
-        ("epoch", float("nan")),
-        ("epoch", -1),
-        ("best_top1", "a"),
-        ("loss_sum", None),
-        ("optimizer", {}),
-        ("weights", {}),
+        lambda c: c["training"].update(epoch=NAN),
+        lambda c: c["training"].update(epoch=-1),
+        lambda c: c["training"].update(best_top1="a"),
+        lambda c: c["training"].update(loss_sum=None),
+        lambda c: c["training"].update(numerics=[1, 2]),
+        lambda c: c["training"].update(scaler={"scale": NAN}),
+        lambda c: c["training"].update(weights={}),
+        lambda c: c["training"].update(weights=not_finite(c["model"])),
+        lambda c: c["training"].update(optimizer={}),
+        lambda c: c["training"]["optimizer"][0].update(step=3),
+        lambda c: c["training"]["optimizer"][0].update(step=torch.tensor(NAN)),
+        lambda c: c["training"]["optimizer"][0]["exp_avg"].fill_(NAN),
+        lambda c: c["training"]["optimizer"][0]["exp_avg_sq"].fill_(-1),
+        lambda c: c["training"]["optimizer"][0].pop("exp_avg_sq"),
     ],
 )
-def test_a_state_that_makes_no_sense_is_refused(preset, stopped, key, value):
+def test_a_state_that_makes_no_sense_is_refused(preset, stopped, change):
     contents = torch.load(newest(stopped))
-    contents["training"][key] = value
+    change(contents)
     torch.save(contents, newest(stopped))
     with pytest.raises(InputError, match="cannot be resumed"):
         run(preset, stopped, resume=True)
+
+
+def test_a_step_of_another_kind_is_passed_over(preset, stopped, caplog):
+    contents = torch.load(newest(stopped))
+    contents["training"]["step"] = torch.zeros(3)
+    torch.save(contents, newest(stopped))
+    run(preset, stopped, resume=True)
+    assert "holds another step than its name says" in caplog.text
 
 
 def test_a_checkpoint_under_another_s_name_is_passed_over(preset, stopped, caplog):
@@ -432,10 +455,15 @@ def test_logs_that_are_no_files_are_refused(preset, stopped):
         run(preset, stopped, resume=True)
 
 
-def test_logs_that_cannot_be_read_are_started_afresh(preset, stopped):
-    (stopped / "metrics.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"epoch": "a"}\n{"step": 3}\n')
-    (stopped / "steps.jsonl").write_bytes(b'\x00\x00\n{"step": "a"}\n{"epoch": 1}\n')
+def test_logs_that_cannot_be_read_are_started_afresh(preset, stopped, caplog):
+    deep = b"[" * 100_000
+    (stopped / "metrics.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"epoch": "a"}\n{"step": 3}\n' + deep + b"\n")
+    steps = (stopped / "steps.jsonl").read_bytes()
+    bad = steps.splitlines()[0].replace(b'"loss": ', b'"loss": "abc')
+    (stopped / "steps.jsonl").write_bytes(b'\x00\x00\n{"step": "a"}\n{"epoch": 1}\n' + deep + b"\n" + bad + b'"\n')
     run(preset, stopped, resume=True)
+    for name in ("metrics", "steps"):
+        assert f"5 damaged rows of {stopped / name}.jsonl were removed" in caplog.text
     assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 2
     assert len(losses(stopped)) > 20
 
