@@ -13,7 +13,7 @@ TURNS |= {7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
 
 
 def upright(image):
-    """Turn a photograph as its EXIF data says, unless they are damaged."""
+    """Turn a photograph as its EXIF data says, unless it is damaged."""
     image.load()
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION))

@@ -105,11 +105,11 @@ def find_images(given: Sequence[str], unused: Counter[str]) -> Iterator[Path]:
 
     What is passed over is counted in `unused`.
     """
-    from lsag.data.sources import because, image_files
+    from lsag.data.sources import because, image_files, is_folder
 
     names: Iterator[str]
     for name in given:
-        if Path(name).is_dir():
+        if is_folder(Path(name)):
             names = image_files(name, unused)
         elif glob.has_magic(name) and not Path(name).exists():
             names = matching(name, unused)

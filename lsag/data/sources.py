@@ -195,7 +195,8 @@ def _refuse(error: OSError) -> NoReturn:
     raise InputError(f"cannot read {error.filename}: {first_line(error)}", "make it readable, or remove it") from error
 
 
-def _is_folder(path: Path) -> bool:
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder. InputError if that cannot be told."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -288,7 +289,7 @@ def open_split(
     if dataset in ("cifar10", "cifar100"):
         return _cifar(dataset, data_dir, mode, train=train, download=download)
     names = (split,) if split else ("train",) if train else EVAL_FOLDERS[dataset]
-    found = [data_dir / name for name in names if _is_folder(data_dir / name)]
+    found = [data_dir / name for name in names if is_folder(data_dir / name)]
     if not found:
         kind = "image folder" if dataset == "folder" else dataset
         expected = " or ".join(f"{data_dir / name}/CLASS/" for name in names)

@@ -86,11 +86,12 @@ def upright(image: Image.Image, *, mode: str) -> Image.Image:
     # Pillow reads grey PPM files of more than 8 bits as integers of 32, but scales them to 16.
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise ValueError("pixels of 32 bits have no agreed range; save it with 8 or 16")
-    deep = image.mode.startswith("I")
-    result = (_to_8_bits(image) if deep else image).convert(mode)
-    with suppress(Exception):  # damaged metadata raise anything, and the pixels are what counts
+    result = (_to_8_bits(image) if image.mode.startswith("I") else image).convert(mode)
+    turn = None
+    with suppress(Exception):  # damaged metadata raises anything, and the pixels are what counts
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-        result = result if turn is None else result.transpose(turn)
+    if turn is not None:
+        result = result.transpose(turn)
     result.info = {}  # a copy of the metadata: the image would be turned again
     return result
 
@@ -100,7 +101,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     tags: Any = getattr(image, "tag_v2", {})
     top = 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
     levels = np.asarray(image).astype(np.uint32).clip(max=top)
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow turns only 8 bits round
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts only 8 bits
         levels = top - levels
     return Image.fromarray((levels * 255 // top).astype(np.uint8))
 

@@ -5,6 +5,7 @@ import random
 import shutil
 import struct
 import tempfile
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +19,7 @@ from lsag.data import sources
 from lsag.data.sources import decodable, number_as, open_image, open_split, placeholder_classes
 from lsag.data.transforms import eval_transform, upright
 from lsag.errors import InputError, UnavailableError, UsageError
+from lsag_cli.predict import find_images
 
 
 def test_digits_are_split_once_and_for_all():
@@ -102,6 +104,8 @@ def test_folders_that_cannot_be_read_are_refused(unreadable):
         open_split("folder", unreadable, train=True, mode="RGB")
     with pytest.raises(InputError, match=r"cannot read .*/more/train: Permission denied"):
         open_split("folder", unreadable / "train/cat/more", train=True, mode="RGB")
+    with pytest.raises(InputError, match=r"cannot read .*/a.png: Permission denied"):
+        next(find_images([f"{unreadable}/train/cat/more/a.png"], Counter()))
     with pytest.raises(InputError, match=r"cannot read image .*: Permission denied"):
         open_image(unreadable / "train/cat/more/a.png", "RGB")
 
