@@ -237,9 +237,11 @@ def test_a_failed_write_holds_no_buffer(saved, monkeypatch):
 
     monkeypatch.setattr(io, "BytesIO", Remembered)
     monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError) as caught:
         save_checkpoint(*saved)
-    made.pop().close()  # BufferError if it is in use
+    for file in made:
+        file.close()  # BufferError if it is in use
+    assert "No space left" in str(caught.value)
 
 
 def test_what_reads_back_differently_is_thrown_away(saved, monkeypatch):
