@@ -94,7 +94,7 @@ def weights_digest(weights: Mapping[str, torch.Tensor], described: str = "") -> 
     digest = hashlib.sha256(described.encode())
     for name in sorted(weights):
         digest.update(f"{name} {tuple(weights[name].shape)} {weights[name].dtype}".encode())
-        digest.update(weights[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(weights[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -116,7 +116,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         described = {key: contents[key] for key in Description.model_fields if key in contents}
         about = validated(Description, described, origin="its description")
-        weights, training = contents.get("model"), contents.get("training")
+        weights: Any = contents.get("model")
+        training = contents.get("training")
         if not isinstance(training, dict | None):
             raise ValueError("the state of its training is not a table")
         with torch.device("meta"):

@@ -58,6 +58,10 @@ app.command()(push)
 app.command()(reproduce)
 app.command()(presets)
 app.command()(doctor)
+for command in app.registered_commands:
+    for annotation in getattr(command.callback, "__annotations__", {}).values():
+        for option in getattr(annotation, "__metadata__", ()):
+            option.readable = False  # typer would call it a wrong use; the commands say what cannot be read, and why
 
 
 @app.callback(invoke_without_command=True)

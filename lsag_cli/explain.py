@@ -29,6 +29,7 @@ def explain(
 ) -> None:
     """Draw what a model sees in an image: the shifts it chose, how certainly, and where it looks in each stage."""
     if checkpoint.suffix == ".onnx":
+        read_bytes(checkpoint, what="graph", size=0)
         raise InputError(
             f"{checkpoint} is a graph, which shows no attention", "use the checkpoint it was exported from"
         )

@@ -1,9 +1,11 @@
 import contextlib
+import io
 import os
 import pickle
 import random
 import re
 import zipfile
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -222,6 +224,24 @@ def test_a_failed_write_leaves_what_was_there(saved, monkeypatch):
     with pytest.raises(OutputError, match=r"cannot write .*a\.pt: No space left"):
         save_checkpoint(path, original)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["a.pt"]
+
+
+def test_a_failed_write_holds_no_buffer(saved, monkeypatch):
+    """Python 3.13 would complain on stderr when it removes a file in memory whose buffer is in use."""
+    made = []
+
+    class Remembered(io.BytesIO):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(io, "BytesIO", Remembered)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OutputError) as caught:
+        save_checkpoint(*saved)
+    for file in made:
+        file.close()  # BufferError if it is in use
+    assert "No space left" in str(caught.value)
 
 
 def test_what_reads_back_differently_is_thrown_away(saved, monkeypatch):

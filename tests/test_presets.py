@@ -174,6 +174,15 @@ def test_a_long_chain_of_presets_is_refused(tmp_path):
         load_preset(tmp_path / "0.toml")
 
 
+def test_a_key_of_many_parts_is_refused(tmp_path):
+    """tomllib would take half a minute and gigabytes."""
+    (tmp_path / "deep.toml").write_text("a." * 100_000 + "a = 1")
+    with pytest.raises(UsageError, match="too large for a preset"):
+        load_preset(tmp_path / "deep.toml")
+    with pytest.raises(UsageError, match="too long for a setting"):
+        parse_override("train.lr={" + "a." * 100_000 + "a=1}")
+
+
 def test_unknown_presets_suggest_a_known_one():
     with pytest.raises(UsageError, match="did you mean 'cifar-tiny'"):
         load_preset("cifar-tini")

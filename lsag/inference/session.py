@@ -179,17 +179,17 @@ class Session:
             raise InputError(f"{path} was refused: it keeps weights in other files", "use a file of lsag export")
         foreign = next((node for node in model.graph.node if node.domain or node.op_type not in OPERATORS), None)
         if foreign or model.functions or model.training_info:
-            name = ".".join(filter(None, (foreign.domain, foreign.op_type))) if foreign else "functions of its own"
+            names = (foreign.domain, foreign.op_type) if foreign else ("functions of its own",)
+            name = ".".join(str(name) for name in names if name)  # protobuf gives bytes where they are not UTF-8
             raise InputError(f"{path} was refused: it has {name[:60]}, as no export has", "use a file of lsag export")
         try:
             values = json.loads(next(entry.value for entry in model.metadata_props if entry.key == METADATA_KEY))
-            if values["format"] != FORMAT:
-                what = f"{path} has format {values['format']}, this lsag reads {FORMAT}"
-                raise InputError(what, "export it again, or upgrade lsag")
-        except InputError:
-            raise
+            found = int(values["format"])
         except Exception as error:  # whatever is not as lsag export writes it
             raise InputError(f"{path} was not exported by lsag: it has no such metadata", "use lsag export") from error
+        if found != FORMAT:
+            what = f"{path} has format {found}, this lsag reads {FORMAT}"
+            raise InputError(what, "export it again" if found < FORMAT else "upgrade lsag")
         if not is_sealed(self._data):
             raise InputError(f"{path} is damaged or was changed: its digest differs", "export it again")
         try:

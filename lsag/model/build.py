@@ -34,7 +34,8 @@ def build_model(config: ModelConfig | TimmConfig) -> nn.Module:
     """
     if isinstance(config, ModelConfig):
         if count(config).params > MAX_PARAMETERS:
-            raise UsageError(f"the model has {count(config).params:,} parameters", "choose smaller settings of model")
+            what = f"a model of {count(config).params:,} parameters is too large"
+            raise UsageError(what, "choose smaller settings of model")
         return LSAG(config)
     with torch.device("meta"), _limited_size():  # only shapes, without memory
         _logits(timm_model(config.timm, config.arguments, config).eval(), config, batch=1)
@@ -50,7 +51,7 @@ def _limited_size() -> Iterator[None]:
         nonlocal tensors, parameters
         tensors, parameters = tensors + 1, parameters + (0 if parameter is None else parameter.numel())
         if tensors > MAX_TENSORS or parameters > MAX_PARAMETERS:
-            what = f"the model has more than {MAX_TENSORS:,} tensors or {MAX_PARAMETERS:,} parameters"
+            what = f"a model of more than {MAX_TENSORS:,} tensors or {MAX_PARAMETERS:,} parameters is too large"
             raise UsageError(what, "choose smaller arguments")
 
     hook = register_module_parameter_registration_hook(add)

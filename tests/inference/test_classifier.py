@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from lsag.data.transforms import Normalize
 from lsag.errors import UsageError
 from lsag.inference.classifier import Classifier, open_model
 from lsag.inference.export import export_onnx, made_up_images
+from lsag_cli import app
 from tests.conftest import ROOT, assert_refused
 
 
@@ -113,6 +116,7 @@ COMMANDS = """
 3 eval nothere.pt
 3 predict nothere.pt x
 3 explain nothere.pt x.png
+3 explain nothere.onnx x.png
 3 explain a.pt nothere.png
 3 export nothere.pt --onnx
 3 export --onnx
@@ -126,6 +130,17 @@ COMMANDS = """
 2 export a.pt --onnx --opset 17
 2 export a.pt --onnx --out a.pt
 """
+
+
+def test_a_file_without_permission_is_an_input(tmp_path, monkeypatch, capsys):
+    """As for a user who is not root, whom typer would tell of a wrong use."""
+    (tmp_path / "a.pt").touch()
+    monkeypatch.setattr("os.access", lambda *given, **options: False)
+    monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError(13, "Permission denied")))
+    for command in ("eval", "explain", "push"):
+        monkeypatch.setattr("sys.argv", ["lsag", command, str(tmp_path / "a.pt"), "x/x"][: 3 + (command != "eval")])
+        assert app.run() == 3
+        assert "Permission denied" in capsys.readouterr().err
 
 
 def test_what_cannot_work_is_refused_without_loading_pytorch(tmp_path):

@@ -1,5 +1,6 @@
 """What runs where it was asked to, and what is refused before it runs."""
 
+import json
 import random
 import time
 
@@ -178,7 +179,7 @@ def test_graphs_of_others_and_newer_ones_are_refused(write, graph):
         del model.metadata_props[:]
 
     def renew(model):
-        entry = next(entry for entry in model.metadata_props if entry.key == "lsag")
+        entry = metadata_of(model)
         entry.value = entry.value.replace('"format": 2', '"format": 3', 1)
 
     with pytest.raises(InputError, match="was not exported by lsag"):
@@ -187,6 +188,42 @@ def test_graphs_of_others_and_newer_ones_are_refused(write, graph):
         Session(write(renew, signed=False))
     with pytest.raises(InputError, match="digest differs"):
         Session(write(lambda model: model.graph.initializer[0].ClearField("name"), signed=False))
+
+
+def metadata_of(model):
+    return next(entry for entry in model.metadata_props if entry.key == "lsag")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda values: values["input"].update(batch=0), "input.batch: Input should be greater than 0"),
+        (lambda values: values["input"].update(batch=-1), "input.batch"),
+        (lambda values: values["input"].update(batch="x"), "input.batch"),
+        (lambda values: values.update(input=[]), "input"),
+        (lambda values: values.update(classes=list(range(10))), "classes.0: Input should be an instance of str"),
+        (lambda values: values.update(classes=None), "classes"),
+        (lambda values: values["classes"].pop(), "9 class names for 10 classes"),
+        (lambda values: values["preset"].pop("train"), "train is missing"),
+        (lambda values: values["preset"]["model"].update(depht=1), "unknown key model.depht"),
+    ],
+)
+def test_metadata_of_a_wrong_type_is_named(write, change, word):
+    def edit(model):
+        values = json.loads(metadata_of(model).value)
+        change(values)
+        metadata_of(model).value = json.dumps(values)
+
+    with pytest.raises(InputError, match="what its format promises") as caught:
+        Session(write(edit))
+    assert word in str(caught.value)
+
+
+def test_names_that_are_not_text_are_refused(write, graph, tmp_path):
+    data = onnx.load(graph).SerializeToString().replace(b"Conv", b"\xff\xff\xff\xff")
+    (tmp_path / "bad.onnx").write_bytes(sealed(data))
+    with pytest.raises(InputError, match="was refused: it has b'"):
+        Session(tmp_path / "bad.onnx")
 
 
 LOCATIONS = ["../weights", "/etc/passwd", "weights", "link", "hard", "folder/weights", ""]

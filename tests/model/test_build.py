@@ -136,6 +136,16 @@ def test_graphs_agree_with_pytorch(tmp_path, spec):
     assert done.opset == 20 and done.max_difference < 1e-4 and max(done.batches) == 64
 
 
+def test_a_model_without_measure_is_refused_before_it_is_built():
+    for config in (
+        load_preset("digits-nano", {"model.stages.0": {"embed_dim": 16_384, "depth": 900, "num_heads": 1}}).model,
+        cifar("vit_tiny_patch16_224,depth=20000").model,
+        cifar("vit_tiny_patch16_224,embed_dim=98304").model,
+    ):
+        with pytest.raises(UsageError, match=r"a model of .* is too large"):
+            build_model(config)
+
+
 def test_what_torch_cannot_export_is_said(tmp_path):
     with pytest.raises(CheckError, match=r"torch cannot export .*a\.onnx was not written"):
         export_onnx(random_checkpoint(cifar("test_vit_relpos")), tmp_path / "a.onnx")
