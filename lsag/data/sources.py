@@ -88,7 +88,7 @@ class FolderSource:
         self.root, self.mode, self.fix = root, mode, REPAIR + (", or train with --skip-broken" if complete else "")
         unused: Counter[str] = Counter()
         _, self.classes, files = next(walk(root, unused))
-        unused["outside the class folders"] = len(files)
+        unused["in no class folder"] = len(files)
         self.paths: list[str] = []
         self.labels: list[int] = []
         for label, name in enumerate(self.classes):
@@ -218,7 +218,7 @@ def listed(unused: Counter[str]) -> str:
     reasons = [(reason, count) for reason, count in unused.most_common() if count]
     if others := sum(count for _, count in reasons[8:]):
         reasons[8:] = [("others", others)]
-    return ", ".join(f"{count:,} {reason}" for reason, count in reasons)
+    return ", ".join(f"{count:,} {reason if count > 1 else reason.removesuffix('s')}" for reason, count in reasons)
 
 
 def because(unused: Counter[str]) -> str:

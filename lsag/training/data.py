@@ -52,16 +52,17 @@ class Data:
         return batches(self.train_loader)
 
     def broken(self, world: World) -> list[str]:
-        """On rank 0, what is wrong with the training images that any rank has skipped since this start."""
+        """On rank 0, the training images that any rank has skipped since this start, and what is wrong with each."""
         images: Any = self.train_loader.dataset
         found: list[str] = []
         if images.broken is not None:
             indices = world.total_tensor(images.broken).nonzero().flatten().tolist()
             for index in indices if world.is_main else []:
+                name = images.source.name(index)
                 try:
                     images.source.load(index)
                 except InputError as error:
-                    found.append(error.what)
+                    found.append(f"{Path(name).absolute()}: {error.what.removeprefix(f'cannot read image {name}: ')}")
         return found
 
 

@@ -124,7 +124,7 @@ class Run(NoRun):
         lines = sorted({*known, *(reason.encode("utf-8", "surrogateescape") for reason in reasons)})
         if lines != known:
             self._persist(lambda: write_checked(path, b"\n".join([*lines, b""])))
-            logger.warning("%d training images are broken, and others take their place: %s", len(lines), path)
+            logger.warning("broken training images that others replaced: %d, listed in %s", len(lines), path)
 
     def finish_epoch(self, state: State, summary: Epoch) -> None:
         """Log the epoch, keep the best model, save if it is time or the last epoch, and draw the curves."""

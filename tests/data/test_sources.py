@@ -65,7 +65,7 @@ def test_what_is_not_used_is_counted_by_the_reason(folder):
     assert source.classes == ["cat", "dog"] and source.fingerprint() == plain.fingerprint()
     (line,) = source.notes
     assert line.startswith(f"not used in {folder}/train: 5 hidden, 2 .heic (not decodable here), ")
-    for reason in ("1 .txt (not dec", "1 without an extension (", "1 linked folders", "1 outside the class folders"):
+    for reason in ("1 .txt (not dec", "1 without an extension (", "1 linked folder,", "1 in no class folder"):
         assert reason in line
 
 
