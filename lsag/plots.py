@@ -66,7 +66,8 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, tit
     size = min(max(4.5, 0.55 * count + 2), 14)
     figure, axes = _figure(1, 1, (size, size))
     share = 100 * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    end = len(share) * cell - 0.5
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100, extent=(-0.5, end, end, -0.5))
     figure.colorbar(image, ax=axes, label="% of the class", fraction=0.046, pad=0.04)
     if count <= 30:
         axes.set_xticks(range(count), names, rotation=45, ha="right")
