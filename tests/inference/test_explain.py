@@ -133,5 +133,6 @@ def test_the_command_draws(lsag, tmp_path, picture, name):
         )
     here = ["cat $x$.png", "--out", "cat $x$.png", "--force"]
     assert_refused(lsag("explain", "a.pt", *here), 6, "is the input file")
+    (tmp_path / "a.onnx").touch()
     assert_refused(lsag("explain", "a.onnx", "cat $x$.png", "--out", "b.png"), 3, "the checkpoint it was exported from")
     assert_refused(lsag("explain", "a.pt", "absent.png", "--out", "b.png"), 3, "absent.png")
