@@ -63,13 +63,13 @@ def for_fine_tuning(
 ) -> tuple[Preset, list[str]]:
     """`preset`, which is that of a checkpoint with changes, as a recipe for fine-tuning; and a note for each change.
 
-    The batch is cut so far that an epoch of `num_images` has ten steps, but not below what `num_slices` need. The
-    learning rates are such that their peak is a tenth of the checkpoint's, whose recipe was `trained`. Settings that
-    are `given`, such as "train.lr", stay.
+    The batch is cut so far that an epoch of `num_images` has ten steps, but not below two images for each of the
+    `num_slices`. The learning rates are such that their peak is a tenth of the checkpoint's, whose recipe was `trained`.
+    Settings that are `given`, such as "train.lr", stay.
     """
     batch, notes, changes = preset.train.batch_size, list[str](), dict[str, Any]()
     if "train.batch_size" not in given and num_images < FINE_TUNING_STEPS * batch:
-        batch = num_slices * (2 if preset.augment.mixes else 1)
+        batch = 2 * num_slices
         while 2 * batch * FINE_TUNING_STEPS <= num_images:
             batch *= 2
         changes["batch_size"] = batch

@@ -104,7 +104,7 @@ def test_dry_run_touches_nothing(lsag, tmp_path):
     for words in (
         "9,725,608",
         "3.429 G",
-        "3 epochs of 1740",
+        "3 epochs of 1,740",
         "effective batch  736",
         "0.000719",
         "train.weight_decay = 0.05",

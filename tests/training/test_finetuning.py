@@ -131,11 +131,11 @@ def test_photographs_of_ones_own_in_one_command(lsag, tmp_path, preset, photos):
     asked = ["train", "--init-from", "best.pt", "--dataset", "folder", "--data-dir", "photos", "--val-split", "0.25"]
     plan = lsag(*asked, "--dry-run")
     assert plan.returncode == 0, plan.stderr
-    assert "18 training, 6 evaluation" in plan.stdout and "2 epochs of 18 steps" in plan.stdout
+    assert "18 training, 6 evaluation" in plan.stdout and "2 epochs of 9 steps" in plan.stdout
     done = lsag(*asked, "--out", "run")
     assert done.returncode == 0, done.stderr
     for line in (
-        "batches of 1 instead of 128, because there are 18 images",
+        "batches of 2 instead of 128, because there are 18 images",
         "peak learning rate 0.000125, a tenth of the checkpoint's; change it with --set train.lr",
         "weights from best.pt",
         "head: rows of cat, dog kept, of bird new",
