@@ -64,8 +64,8 @@ def for_fine_tuning(
     """`preset`, which is that of a checkpoint with changes, as a recipe for fine-tuning; and a note for each change.
 
     The batch is cut so far that an epoch of `num_images` has ten steps, but not below two images for each of the
-    `num_slices`. The learning rates are such that their peak is a tenth of the checkpoint's, whose recipe was `trained`.
-    Settings that are `given`, such as "train.lr", stay.
+    `num_slices`. The peak of the learning rate is a tenth of the checkpoint's, whose recipe was `trained`. Settings
+    that are `given`, such as "train.lr", stay.
     """
     batch, notes, changes = preset.train.batch_size, list[str](), dict[str, Any]()
     if "train.batch_size" not in given and num_images < FINE_TUNING_STEPS * batch:
@@ -206,7 +206,7 @@ def _fit_warmup(train: dict[str, Any], notes: list[str]) -> None:
     warmup = train.get("warmup_epochs", TrainConfig.model_fields["warmup_epochs"].default)
     if isinstance(epochs, int) and isinstance(warmup, int | float) and 0 < epochs < warmup:
         train["warmup_epochs"] = epochs / 5
-        notes.append(f"the warm-up takes {epochs / 5:g} of {epochs} epochs instead of {warmup:g}")
+        notes.append(f"the warm-up takes {epochs / 5:g} instead of {warmup:g} epochs")
 
 
 def _sizes(model: Any) -> dict[str, Any]:

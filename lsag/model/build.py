@@ -143,13 +143,13 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def freeze(model: nn.Module, stages: int) -> None:
-    """Let the embedding and the first `stages` stages keep their weights; with 0 everything is trained.
+def freeze(model: nn.Module, stages: int) -> int:
+    """Let the embedding and the first `stages` stages keep their weights, and count them; 0 freezes nothing.
 
     Of timm's networks, these are the stem and the groups that the network itself names. UsageError if there are fewer.
     """
     if not stages:
-        return
+        return 0
     from timm.models import group_parameters
 
     groups = {}
@@ -158,9 +158,10 @@ def freeze(model: nn.Module, stages: int) -> None:
     found = max(groups.values(), default=1) - 1  # the first group is the embedding, the last one the head
     if stages > found:
         raise UsageError(f"train.freeze {stages} is more than the {found} stages of {type(model).__name__}", "lower it")
-    for name, group in groups.items():
-        if group <= stages:
-            model.get_parameter(name).requires_grad_(False)
+    frozen = [model.get_parameter(name) for name, group in groups.items() if group <= stages]
+    for weight in frozen:
+        weight.requires_grad_(False)
+    return sum(weight.numel() for weight in frozen)
 
 
 def set_recompute(model: nn.Module, recompute: Recompute) -> None:

@@ -42,10 +42,8 @@ def begin(preset: Preset, data: Data, run: NoRun, world: World, options: TrainOp
         notes.append(f"weights from {options.init_from}")
         notes += initialise_from(model, options.init_from, classes=data.classes, reset_head=options.reset_head)
     set_recompute(model, options.recompute)
-    if stages := preset.train.freeze:
-        freeze(model, stages)
-        frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
-        notes.append(f"embedding and {stages} stages keep their weights: {frozen:,} parameters are not trained")
+    if frozen := freeze(model, preset.train.freeze):
+        notes.append(f"train.freeze = {preset.train.freeze} keeps {frozen:,} parameters as they are")
     optimizer = make_optimizer(model, preset.train)
     dtype = autocast_dtype(world.device, options.precision)
     state = State(
@@ -92,7 +90,8 @@ def _resumed(state: State, checkpoint: Checkpoint, out: Path) -> list[str]:
     ]
     notes = [f"resumed after step {step}"]
     if state.finished:
-        notes = [f"{out} is already finished, after {state.position.epoch} epochs: nothing is left to train"]
+        epochs = f"epoch {state.position.epoch} of {state.preset.train.epochs}"
+        notes = [f"{out} is already finished ({epochs}): nothing is left to train"]
     return notes if not changes else [*notes, f"{', '.join(changes)}: results may differ in rounding"]
 
 

@@ -76,7 +76,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, preset, options, em
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     again = run(preset, tmp_path / "parts", resume=True, **options)
     assert isinstance(again[-1], Finished) and again[-1].best_top1 == events[-1].best_top1 and len(again) == 2
-    assert "is already finished, after 2 epochs: nothing is left to train" in again[0].notes[0]
+    assert "is already finished (epoch 2 of 2): nothing is left to train" in again[0].notes[0]
 
 
 @pytest.mark.slow
