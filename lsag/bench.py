@@ -22,6 +22,7 @@ from lsag.model.build import (
     build_model,
     count_macs,
     count_model,
+    freeze,
     image_shape,
     set_recompute,
     timm_model,
@@ -338,6 +339,7 @@ def probe(
     used = choose_device(device)
     model = build_model(preset.model).to(used)
     set_recompute(model, recompute)
+    freeze(model, preset.train.freeze)
     if compile:
         model.compile()
     contender = Contender(preset.name, image_shape(preset.model), 0, 0, model, model)

@@ -58,16 +58,17 @@ class DatasetInfo(NamedTuple):
 
     num_classes: int
     train_images: int
+    eval_images: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 # The paper's section 3.3 follows DeiT: ImageNet statistics as in timm, CIFAR's as in the authors' release.
 DATASETS: dict[str, DatasetInfo] = {
-    "digits": DatasetInfo(10, 1_437, (0.3053,), (0.3763,)),
-    "cifar10": DatasetInfo(10, 50_000, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    "cifar100": DatasetInfo(100, 50_000, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "imagenet": DatasetInfo(1000, 1_281_167, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "digits": DatasetInfo(10, 1_437, 360, (0.3053,), (0.3763,)),
+    "cifar10": DatasetInfo(10, 50_000, 10_000, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "cifar100": DatasetInfo(100, 50_000, 10_000, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": DatasetInfo(1000, 1_281_167, 50_000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
@@ -207,6 +208,15 @@ class DataConfig(Frozen):
     eval_resize: Size | None = None
     """Shorter side in pixels before the centre crop of evaluation; None: the image size."""
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+    val_split: BelowOne = 0.0
+    """Share of each class to hold out for evaluation, in a folder of class folders without train/ and val/. train.seed
+    chooses the images."""
+
+    @model_validator(mode="after")
+    def _splits_a_folder(self) -> Self:
+        if self.val_split and self.dataset != "folder":
+            raise ValueError(f"val_split is for a folder of images, {self.dataset} has its own split; --dataset folder")
+        return self
 
 
 class AugmentConfig(Frozen):
@@ -249,6 +259,12 @@ class TrainConfig(Frozen):
     clip_grad: PositiveReal = 5.0
     ema_decay: BelowOne = 0.0
     """Decay of the moving average of the weights, which is then evaluated and saved as the model; 0 disables it."""
+    freeze: NonNegativeInteger = 0
+    """Number of stages, from the first, that keep their weights, and so does the embedding; 0 trains everything."""
+    layer_decay: Annotated[Real, Field(gt=0, le=1)] = 1.0
+    """Learning rate of each layer, as a factor of that of the layer above it; the head has the full one."""
+    patience: NonNegativeInteger = 0
+    """Epochs without a better top-1 after which the training ends; 0: it takes all its epochs."""
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
 
     @property
@@ -300,6 +316,8 @@ class Preset(Frozen):
             raise ValueError(f"train.batch_size {self.train.batch_size} must be even while mixup or cutmix is on")
         if self.augment.rand_augment and channels != 3:
             raise ValueError("augment.rand_augment needs colour images (model.in_channels = 3); set it to 'none'")
+        if isinstance(self.model, ModelConfig) and self.train.freeze > len(self.model.stages):
+            raise ValueError(f"train.freeze {self.train.freeze} is more than the {len(self.model.stages)} stages")
         return self
 
     @property

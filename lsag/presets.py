@@ -2,42 +2,86 @@
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lsag.config import DATASETS, MAX_TOML_BYTES, Preset, TimmConfig, did_you_mean, parse_spec, validate_preset
+from lsag.config import (
+    DATASETS,
+    MAX_TOML_BYTES,
+    Preset,
+    TimmConfig,
+    TrainConfig,
+    did_you_mean,
+    parse_spec,
+    validate_preset,
+)
 from lsag.errors import LsagError, UsageError
 
 MAX_JSON_BYTES, MAX_EXTENDS = 1_000_000, 16
 ABLATED = "cifar-tiny"
 """The preset that the paper's Tables 5 and 6 ablate, and for which they give figures."""
+FINE_TUNING_LR, FINE_TUNING_STEPS = 0.1, 10
+"""Fine-tuning from a checkpoint alone: the peak learning rate as a factor of its own, and the fewest steps an epoch."""
 
 
 def load_preset(
-    name_or_path: str | Path,
+    name_or_path: str | Path | Preset,
     overrides: Mapping[str, Any] | None = None,
     *,
     dataset: str | None = None,
     timm: str | None = None,
+    notes: list[str] | None = None,
 ) -> Preset:
-    """Load a preset by name, or from a TOML or JSON file, whose ending may be left out.
+    """Load a preset by name, or from a TOML or JSON file, whose ending may be left out, or change a loaded one.
 
     PRESET-ABLATION, such as cifar-nano-a, is an ablation of Tables 5 and 6 of that preset. A file with
     `extends = "NAME"` (a preset's name, or a file relative to it) contains only what it changes. `dataset` switches to
     another dataset, with its classes and pixel statistics. `timm` is `NAME[,KEY=VALUE...]`, a timm model that replaces
-    the network (see TimmConfig). `overrides` have dotted keys, such as {"train.epochs": 10}, and are applied last.
+    the network (see TimmConfig). `overrides` have dotted keys, such as {"train.epochs": 10}, and are applied last. If
+    they set the epochs but not the warm-up, and it would take longer, it is shortened; `notes` gets a line about that.
     UsageError (a ValueError) names every field at fault.
     """
-    path, values = _read(name_or_path)
-    values = _extended({"name": path.stem} | values, path)
+    if isinstance(name_or_path, Preset):
+        path, values = Path(name_or_path.name), name_or_path.model_dump(mode="json")
+    else:
+        path, values = _read(name_or_path)
+        values = _extended({"name": path.stem} | values, path)
     if dataset is not None:
         _set_dataset(values, dataset)
     if timm is not None:
         _set_timm(values, timm)
     for key, value in (overrides or {}).items():
         _set_key(values, key, value)
+    if "train.epochs" in (overrides or {}) and "train.warmup_epochs" not in (overrides or {}):
+        _fit_warmup(values["train"], notes if notes is not None else [])
     return validate_preset(values, origin=f"preset {path.stem}")
+
+
+def for_fine_tuning(
+    preset: Preset, trained: TrainConfig, *, given: Collection[str], num_images: int, num_slices: int
+) -> tuple[Preset, list[str]]:
+    """`preset`, which is that of a checkpoint with changes, as a recipe for fine-tuning; and a note for each change.
+
+    The batch is cut so far that an epoch of `num_images` has ten steps, but not below two images for each of the
+    `num_slices`. The peak of the learning rate is a tenth of the checkpoint's, whose recipe was `trained`. Settings
+    that are `given`, such as "train.lr", stay.
+    """
+    batch, notes, changes = preset.train.batch_size, list[str](), dict[str, Any]()
+    if "train.batch_size" not in given and num_images < FINE_TUNING_STEPS * batch:
+        batch = 2 * num_slices
+        while 2 * batch * FINE_TUNING_STEPS <= num_images:
+            batch *= 2
+        changes["batch_size"] = batch
+        notes.append(
+            f"batches of {batch} instead of {preset.train.batch_size}, because there are {num_images:,} images"
+        )
+    if "train.lr" not in given:
+        factor = FINE_TUNING_LR * trained.batch_size / batch
+        changes |= {name: getattr(trained, name) * factor for name in ("lr", "warmup_lr", "min_lr")}
+        peak = trained.lr * trained.lr_scale * FINE_TUNING_LR
+        notes.append(f"peak learning rate {peak:.3g}, a tenth of the checkpoint's; change it with --set train.lr")
+    return preset.model_copy(update={"train": preset.train.model_copy(update=changes)}), notes
 
 
 def preset_names() -> list[str]:
@@ -137,6 +181,7 @@ def _set_dataset(values: dict[str, Any], dataset: str) -> None:
     if not isinstance(data, dict) or not isinstance(model, dict) or data.get("dataset") == dataset:
         return
     data["dataset"] = dataset
+    data.pop("val_split", None)
     if known := DATASETS.get(dataset):
         data |= {"mean": list(known.mean), "std": list(known.std)}
         model |= {"num_classes": known.num_classes, "in_channels": len(known.mean)}
@@ -153,6 +198,15 @@ def _set_timm(values: dict[str, Any], spec: str) -> None:
     name = timm.replace("/", "-")
     values |= {"name": f"{values['name']}-{name}", "description": f"timm's {name} under the recipe of {values['name']}"}
     values.pop("paper", None)
+
+
+def _fit_warmup(train: dict[str, Any], notes: list[str]) -> None:
+    """Shorten a warm-up that takes longer than the training to a fifth of it."""
+    epochs = train["epochs"]
+    warmup = train.get("warmup_epochs", TrainConfig.model_fields["warmup_epochs"].default)
+    if isinstance(epochs, int) and isinstance(warmup, int | float) and 0 < epochs < warmup:
+        train["warmup_epochs"] = epochs / 5
+        notes.append(f"the warm-up takes {epochs / 5:g} instead of {warmup:g} epochs")
 
 
 def _sizes(model: Any) -> dict[str, Any]:

@@ -48,7 +48,8 @@ Model = Annotated[
 Dataset = Annotated[
     str | None,
     typer.Option(
-        help="digits, cifar10, cifar100, imagenet or folder (train/CLASS/*.jpg and val/ or test/).",
+        help="digits, cifar10, cifar100, imagenet or folder (train/CLASS/*.jpg and val/ or test/, or CLASS/*.jpg with "
+        "--val-split).",
         show_default="the preset's",
     ),
 ]
@@ -123,14 +124,21 @@ def data_dir_or_default(data_dir: Path | None) -> Path:
     return data_dir or Path(os.environ.get("LSAG_DATA") or "data")
 
 
-def read_preset(name: str, overrides: list[str] | None, dataset: str | None = None, model: str | None = None) -> Preset:
+def read_preset(
+    name: str | Preset,
+    overrides: list[str] | None,
+    dataset: str | None = None,
+    model: str | None = None,
+    notes: list[str] | None = None,
+) -> Preset:
     """The preset with another `dataset` or network (`model`, timm:NAME), and the `--set` options applied last."""
     if model is not None and not model.startswith("timm:"):
         raise UsageError(f"--model {model} is not timm:NAME", "choose an LSAG with --preset")
     changes = parse_overrides(overrides or ())
     if model and "model.timm" in changes:
         raise UsageError("--model and --set model.timm name two networks", "remove one of them")
-    return load_preset(name, changes, dataset=dataset, timm=model.removeprefix("timm:") if model else None)
+    timm = model.removeprefix("timm:") if model else None
+    return load_preset(name, changes, dataset=dataset, timm=timm, notes=notes)
 
 
 def refuse_existing(out: Path, force: bool, *, source: Path | None = None, option: str = "--out") -> None:

@@ -50,11 +50,11 @@ class TrainCommand(TrainOptions):
         return self.model_copy(update={name: value for name, value in kept.items() if name not in given})
 
 
-def place(gpus: str | None, device: str, procs: int | None) -> tuple[str, int]:
+def place(gpus: str | None, device: str, procs: int | None, *, planned: bool = False) -> tuple[str, int]:
     """The device and the number of processes on this machine that `--gpus`, `--device` and `--procs` ask for.
 
     GPUs that are listed become the visible ones. UsageError for a contradiction, UnavailableError for GPUs that are not
-    there.
+    there, unless the training is only `planned`.
     """
     if procs is not None:
         if device != "cpu" or gpus not in (None, "0"):
@@ -72,6 +72,8 @@ def place(gpus: str | None, device: str, procs: int | None) -> tuple[str, int]:
         raise UsageError(f"--gpus {gpus} contradicts --device {device}", "give one of them")
     if launched():  # the launcher has made these GPUs the visible ones
         return "cuda", int(os.environ["LOCAL_WORLD_SIZE"])
+    if planned and gpus != "all":
+        return "cuda", len(set(numbers)) if "," in gpus else int(gpus)
     chosen = choose_gpus(gpus, numbers)
     if "," in gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lsag.config import DATASETS, parse_overrides
+from lsag.config import parse_overrides
 from lsag.errors import CheckError, InterruptedByUserError, OutputError, TerminatedError, UsageError
 from lsag.files import replacing, writing
 from lsag.machine import available_cores
@@ -34,6 +34,7 @@ from lsag_cli.options import (
     loading,
 )
 from lsag_cli.output import note, percent, print_json, say
+from lsag_cli.plan import count_images
 
 
 def reproduce(
@@ -67,7 +68,7 @@ def reproduce(
     """Train the rows of one of the paper's tables and compare them with its figures. Finished runs are skipped."""
     selected = select_rows(table, rows)
     changes = parse_overrides(overrides or ())
-    for key in ("name", "train.seed", *(["train.epochs"] if epochs else [])):
+    for key in ("name", "train.seed", "train.patience", *(["train.epochs"] if epochs else [])):
         if key in changes:
             raise UsageError(f"--set {key} is not for reproduce", "use --seeds and --epochs; runs get their own names")
     trained = table > 2
@@ -82,6 +83,8 @@ def reproduce(
     if epochs:
         changes["train.epochs"] = epochs
     runs = plan(TABLES[table], scale=scale, seeds=seeds, out=out, dataset=dataset, overrides=changes)
+    if epochs:
+        note(f"{runs[0].preset.train.warmup_epochs:g} of {epochs} epochs are the warm-up")
     if not any(run.row in selected for run in runs):
         raise UsageError(f"table {table} has no such rows at the scale {scale}", "use --scale full, or other --rows")
     todo = [run for run in runs if trained and run.row in selected and run.top1 is None]
@@ -183,7 +186,6 @@ def estimate_hours(todo: Sequence[Run], *, device: str, data_dir: Path, num_jobs
     """Hours that the trainings will take, from a few steps of each network on made-up images; shown on stderr."""
     with loading():
         from lsag.bench import probe
-        from lsag.data.sources import open_split
         from lsag.device import choose_device
 
     on_cpu = choose_device(device).type == "cpu"
@@ -193,10 +195,7 @@ def estimate_hours(todo: Sequence[Run], *, device: str, data_dir: Path, num_jobs
     for run in todo:
         preset, dataset = run.preset, run.preset.data.dataset
         if dataset not in num_images:
-            known = DATASETS.get(dataset)
-            num_images[dataset] = (
-                known.train_images if known else len(open_split(dataset, data_dir, train=True, mode=preset.image_mode))
-            )
+            _, num_images[dataset], _ = count_images(preset, data_dir)
         images = num_images[dataset] * preset.train.epochs
         if preset.name not in per_image:
             fits = 64 if not on_cpu else 16 if preset.model.image_size < 64 else 2

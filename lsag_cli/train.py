@@ -4,16 +4,18 @@ import importlib.util
 import logging
 import shlex
 import typing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lsag.config import Precision, Preset
+from lsag.config import Precision, Preset, parse_overrides
 from lsag.errors import InputError, InterruptedByUserError, UnavailableError, UsageError
+from lsag.presets import for_fine_tuning
 from lsag.runs import BEST, PRESET, RUNS, newest_run, step_files
-from lsag_cli.display import Display, duration
+from lsag_cli.display import Display, counted, duration
 from lsag_cli.options import (
     DataDir,
     Dataset,
@@ -29,7 +31,7 @@ from lsag_cli.options import (
     read_preset,
 )
 from lsag_cli.output import note, percent, print_json, say
-from lsag_cli.plan import show_plan
+from lsag_cli.plan import count_images, show_plan
 from lsag_cli.processes import TrainCommand, join_or_launch, place
 
 if typing.TYPE_CHECKING:
@@ -46,7 +48,19 @@ def train(
     model: Model = None,
     dataset: Dataset = None,
     data_dir: DataDir = None,
+    val_split: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="With --dataset folder: share of each CLASS/ to hold out for evaluation (data.val_split).",
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs.")] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="End after N epochs without a better top-1 (train.patience)."),
+    ] = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default=f"{RUNS}/PRESET-TIME")] = None,
     device: Device = "auto",
@@ -87,14 +101,30 @@ def train(
         ),
     ] = None,
     init_from: Annotated[
-        Path | None, typer.Option(help="Fine-tune: start from a checkpoint's weights.", rich_help_panel=RUN_OPTIONS)
+        Path | None,
+        typer.Option(
+            help="Fine-tune: start from a checkpoint's weights, and without --preset with its preset at a lower "
+            "learning rate (docs/finetuning.md).",
+            rich_help_panel=RUN_OPTIONS,
+        ),
     ] = None,
     reset_head: Annotated[
         bool,
         typer.Option(
-            "--reset-head", help="With --init-from: start with a new classification head.", rich_help_panel=RUN_OPTIONS
+            "--reset-head",
+            help="With --init-from: start with a new head, also for classes that the checkpoint knows.",
+            rich_help_panel=RUN_OPTIONS,
         ),
     ] = False,
+    freeze: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Keep the weights of the embedding and the first N stages (train.freeze).",
+            rich_help_panel=RUN_OPTIONS,
+        ),
+    ] = None,
     gpus: Annotated[
         str | None,
         typer.Option(metavar="N|all|0,2", help="GPUs of this machine; 0 for the CPU.", rich_help_panel=DEVICES),
@@ -142,9 +172,12 @@ def train(
         raise UsageError(f"unexpected argument {run}", "--resume RUN resumes a run, --out RUN starts one")
     if resume:
         out = run or out or run_to_resume()
-        preset = preset or preset_of(out)
-    changes = [*(overrides or []), *([f"train.epochs={epochs}"] if epochs else [])]
-    resolved = read_preset(preset or DEFAULT_PRESET, changes, dataset, model)
+        preset = preset or (None if init_from and not step_files(out) else preset_of(out))
+    settings = {"train.epochs": epochs, "train.freeze": freeze, "train.patience": patience, "data.val_split": val_split}
+    changes = [*(overrides or []), *(f"{key}={value}" for key, value in settings.items() if value is not None)]
+    start = checkpoint_preset(init_from) if init_from and not preset else None
+    notes: list[str] = []
+    resolved = read_preset(start or preset or DEFAULT_PRESET, changes, dataset, model, notes)
     given = {name: value for name, value in context.params.items() if name in TrainCommand.model_fields}
     given |= {
         "out": out or RUNS / f"{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
@@ -155,18 +188,27 @@ def train(
     if resume:
         options = options.with_kept(given_on_the_command_line(context))
     check(options, named=bool(out), probe=probe, dry_run=dry_run)
-    device, processes = place(options.gpus, options.device, options.procs)
+    device, processes = place(options.gpus, options.device, options.procs, planned=dry_run)
     options = options.model_copy(update={"device": device})
-    resolved.slice_size(processes * options.nodes * options.accum)
+    num_slices = processes * options.nodes * options.accum
+    if start:
+        _, num_images, _ = count_images(resolved, options.data_dir)
+        resolved, changed = for_fine_tuning(
+            resolved, start.train, given=parse_overrides(changes), num_images=num_images, num_slices=num_slices
+        )
+        notes += changed
+    resolved.slice_size(num_slices)
     if dry_run:
+        for line in notes:
+            note(line)
         return show_plan(resolved, options, processes=processes * options.nodes, probe=probe, as_json=as_json)
-    ranks = ["--preset", preset or DEFAULT_PRESET, *([] if run else ["--out", str(options.out)])]
+    ranks = [*([] if start else ["--preset", preset or DEFAULT_PRESET]), *([] if run else ["--out", str(options.out)])]
     rank = join_or_launch(options, processes=processes, arguments=ranks)
     if rank is None:
         return
-    finished = follow(resolved, options, main=rank == 0)
+    finished = follow(resolved, options, notes=notes, main=rank == 0)
     if finished:
-        show_result(finished, data_dir=options.data_dir, as_json=as_json)
+        show_result(finished, resolved, data_dir=options.data_dir, as_json=as_json)
 
 
 def check(options: TrainCommand, *, named: bool, dry_run: bool, probe: bool) -> None:
@@ -175,7 +217,8 @@ def check(options: TrainCommand, *, named: bool, dry_run: bool, probe: bool) -> 
         raise UsageError("--allow-change is for a run that is resumed", "add --resume")
     if options.reset_head and not options.init_from:
         raise UsageError("--reset-head is for --init-from", "add --init-from CHECKPOINT")
-    if (options.nodes > 1) != (options.rdzv_endpoint is not None) or (options.nodes > 1 and not named):
+    met = options.rdzv_endpoint is not None
+    if (met and options.nodes == 1) or (options.nodes > 1 and not (met and named) and not dry_run):
         raise UsageError("several machines need --nodes, --rdzv-endpoint and --out, all three", "see docs/cluster.md")
     if probe and not dry_run:
         raise UsageError("--probe is for --dry-run", "add --dry-run")
@@ -207,8 +250,16 @@ def preset_of(run: Path) -> str:
     return str(run / PRESET)
 
 
-def follow(preset: Preset, options: TrainCommand, *, main: bool) -> "Finished | None":
-    """Train in this process; the `main` rank shows the progress, and gets the end."""
+def checkpoint_preset(path: Path) -> Preset:
+    """The preset of a checkpoint. The errors of load_checkpoint."""
+    with loading():
+        from lsag.checkpoint import load_checkpoint
+
+    return load_checkpoint(path).preset
+
+
+def follow(preset: Preset, options: TrainCommand, *, notes: list[str], main: bool) -> "Finished | None":
+    """Train in this process; the `main` rank shows `notes` and the progress, and gets the end."""
     with loading():
         from lsag.training.events import Epoch, Finished, Started, Step
         from lsag.training.loop import train as run
@@ -219,6 +270,7 @@ def follow(preset: Preset, options: TrainCommand, *, main: bool) -> "Finished | 
     try:
         for event in run(preset, options):
             if isinstance(event, Started) and main:
+                event = replace(event, notes=(*notes, *event.notes))
                 display = Display(event, tensorboard=options.tensorboard)
             elif isinstance(event, Step) and display:
                 display.step(event)
@@ -238,7 +290,7 @@ def follow(preset: Preset, options: TrainCommand, *, main: bool) -> "Finished | 
     return finished
 
 
-def show_result(finished: "Finished", *, data_dir: Path, as_json: bool) -> None:
+def show_result(finished: "Finished", preset: Preset, *, data_dir: Path, as_json: bool) -> None:
     """What the training reached, where it is, and what to run next."""
     checkpoint = finished.out / BEST
     where = [] if data_dir.absolute() == data_dir_or_default(None).absolute() else ["--data-dir", str(data_dir)]
@@ -252,6 +304,8 @@ def show_result(finished: "Finished", *, data_dir: Path, as_json: bool) -> None:
         return print_json("train", out=str(finished.out), checkpoint=str(checkpoint), **figures, next=next_steps)
     best, total = percent(finished.best_top1), duration(finished.seconds)
     say(f"best top-1  {best} (epoch {finished.best_epoch}), total time {total}")
+    if finished.epochs < preset.train.epochs:
+        say(f"ended after epoch {finished.epochs}: no better top-1 in {counted(preset.train.patience, 'epoch')}")
     say(f"everything is in {finished.out}: best.pt, curves.png, metrics.jsonl, and checkpoints to resume from")
     for command in next_steps:
         say(f"next: {command}")

@@ -69,7 +69,11 @@ def test_override_values_are_toml_or_else_text(text, expected):
         ({"augment.rand_augment": "rand-m9.5"}, ["augment.rand_augment"]),
         ({"paper.params_m": float("nan")}, ["paper.params_m"]),
         ({"augment.rand_augment": "foo"}, ["augment.rand_augment", "'foo'"]),
-        ({"train.epochs": 2}, ["--set train.warmup_epochs=0"]),
+        ({"train.epochs": 2, "train.warmup_epochs": 3}, ["--set train.warmup_epochs=0"]),
+        ({"train.freeze": 5}, ["train.freeze 5 is more than the 4 stages"]),
+        ({"train.layer_decay": 0}, ["train.layer_decay"]),
+        ({"data.val_split": 0.2}, ["val_split is for a folder of images", "--dataset folder"]),
+        ({"data.val_split": 1}, ["data.val_split"]),
     ],
 )
 def test_mistakes_are_named_all_at_once(overrides, words):

@@ -1,6 +1,8 @@
 """Datasets: decoded images with their labels, from memory, from folders, from CIFAR's files."""
 
+import copy
 import hashlib
+import itertools
 import os
 import stat
 import unicodedata
@@ -119,6 +121,25 @@ class FolderSource:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         return open_image(Path(self.paths[index]), self.mode, fix=self.fix), self.labels[index]
+
+    def part(self, held_out: float, *, seed: int, train: bool) -> "FolderSource":
+        """This source with only the images to train on, or only the share of each class that is `held_out`.
+
+        An image is held out by its name and the seed, so that few others change sides when images are added.
+        InputError for a class of one image.
+        """
+        kept: list[int] = []
+        for label, group in itertools.groupby(range(len(self)), key=self.labels.__getitem__):
+            images = sorted(group, key=lambda index: _digest(seed, os.path.relpath(self.paths[index], self.root)))
+            if len(images) < 2:
+                raise InputError(
+                    f"{self.root / self.classes[label]} has one image, which cannot be split", "add images"
+                )
+            count = min(max(1, round(held_out * len(images))), len(images) - 1)
+            kept += sorted(images[count:] if train else images[:count])
+        part = copy.copy(self)
+        part.paths, part.labels = [self.paths[index] for index in kept], [self.labels[index] for index in kept]
+        return part
 
     def packed(self) -> Source:
         """This source with its images decoded in memory, or itself if they would take more than PACK_BYTES.
@@ -272,14 +293,24 @@ def _check_size(image: ImageFile.ImageFile) -> None:
 
 
 def open_split(
-    dataset: str, data_dir: Path, *, train: bool, mode: str, download: bool = True, split: str | None = None
+    dataset: str,
+    data_dir: Path,
+    *,
+    train: bool,
+    mode: str,
+    download: bool = True,
+    split: str | None = None,
+    val_split: float = 0.0,
+    seed: int = 0,
 ) -> Source:
     """One split of `digits`, `cifar10`, `cifar100`, `imagenet` or `folder`, with images in `mode` L or RGB.
 
     `digits` needs no files. CIFAR is downloaded into `data_dir` if it is missing and `download` is true. `imagenet` and
     `folder` are `data_dir`/train and `data_dir`/val (or test for `folder`, or what `split` names), each with one folder
-    per class; only in train must each of them hold images.
-    UsageError for another dataset, InputError for missing or wrong files, UnavailableError for a failed download.
+    per class; only in train must each of them hold images. With `val_split`, a `folder` has the class folders itself,
+    and that share of each class, which `seed` chooses, is the evaluation split.
+    UsageError for another dataset, or a `val_split` of what is split already; InputError for missing or wrong files,
+    UnavailableError for a failed download.
     """
     check_dataset(dataset)
     if split and dataset not in EVAL_FOLDERS:
@@ -289,11 +320,23 @@ def open_split(
     if dataset in ("cifar10", "cifar100"):
         return _cifar(dataset, data_dir, mode, train=train, download=download)
     names = (split,) if split else ("train",) if train else EVAL_FOLDERS[dataset]
+    if dataset == "folder" and val_split and not split:
+        splits = [name for name in ("train", "val", "test") if any(map(Path.is_dir, (data_dir / name).glob("[!.]*")))]
+        if not splits:
+            return FolderSource(data_dir, mode, complete=train).part(val_split, seed=seed, train=train)
+        if train:
+            raise UsageError(
+                f"--val-split splits a folder of class folders, and {data_dir} has {splits[0]}/CLASS/",
+                "--val-split 0, or name the folder that has the class folders with --data-dir",
+            )
     found = [data_dir / name for name in names if is_folder(data_dir / name)]
     if not found:
         kind = "image folder" if dataset == "folder" else dataset
         expected = " or ".join(f"{data_dir / name}/CLASS/" for name in names)
-        raise InputError(f"no {kind} in {data_dir}/: expected {expected}", "set --data-dir or $LSAG_DATA")
+        fix = "set --data-dir or $LSAG_DATA"
+        if train and dataset == "folder":
+            fix += f", or hold out a share of each {data_dir}/CLASS/ with --val-split 0.2"
+        raise InputError(f"no {kind} in {data_dir}/: expected {expected}", fix)
     root, *others = found
     source = FolderSource(root, mode, complete=train)
     if dataset in DATASETS and len(source.classes) != DATASETS[dataset].num_classes:

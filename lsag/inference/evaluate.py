@@ -140,7 +140,16 @@ def evaluate_file(
     model = open_model(path, device=device, provider=provider, precision=precision)
     preset, classes = model.preset, model.classes
     dataset = preset.data.dataset if dataset is None else dataset
-    source = open_split(dataset, Path(data_dir), train=False, mode=preset.image_mode, download=download, split=split)
+    source = open_split(
+        dataset,
+        Path(data_dir),
+        train=False,
+        mode=preset.image_mode,
+        download=download,
+        split=split,
+        val_split=preset.data.val_split,
+        seed=preset.train.seed,
+    )
     folder = getattr(source, "root", None)
     number_as(
         classes,

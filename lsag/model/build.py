@@ -61,12 +61,15 @@ def _limited_size() -> Iterator[None]:
         hook.remove()
 
 
-def check_training(config: ModelConfig | TimmConfig, *, slice_size: int, recompute: Recompute = "none") -> None:
+def check_training(
+    config: ModelConfig | TimmConfig, *, slice_size: int, recompute: Recompute = "none", frozen: int = 0
+) -> None:
     """UsageError if a timm classifier cannot be trained like this; checked without data or memory."""
     if isinstance(config, ModelConfig):
         return
     with torch.device("meta"):
         model = build_model(config).train()
+        freeze(model, frozen)
         _logits(model, config, batch=slice_size).sum().backward()
         set_recompute(model, recompute)
     unused = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
@@ -138,6 +141,27 @@ def _model_class(name: str) -> Any:
 def _tuples(value: Any) -> Any:
     """timm takes tuples where TOML has lists."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def freeze(model: nn.Module, stages: int) -> int:
+    """Let the embedding and the first `stages` stages keep their weights, and count them; 0 freezes nothing.
+
+    Of timm's networks, these are the stem and the groups that the network itself names. UsageError if there are fewer.
+    """
+    if not stages:
+        return 0
+    from timm.models import group_parameters
+
+    groups = {}
+    if hasattr(model, "group_matcher"):
+        groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)  # type: ignore[operator]
+    found = max(groups.values(), default=1) - 1  # the first group is the embedding, the last one the head
+    if stages > found:
+        raise UsageError(f"train.freeze {stages} is more than the {found} stages of {type(model).__name__}", "lower it")
+    frozen = [model.get_parameter(name) for name, group in groups.items() if group <= stages]
+    for weight in frozen:
+        weight.requires_grad_(False)
+    return sum(weight.numel() for weight in frozen)
 
 
 def set_recompute(model: nn.Module, recompute: Recompute) -> None:

@@ -1,6 +1,7 @@
 """How a training begins: fresh, fine-tuned from a checkpoint, or resumed."""
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from lsag.checkpoint import Checkpoint, check_weights, load_checkpoint
 from lsag.config import Preset
 from lsag.data.loading import random_key
+from lsag.data.sources import placeholder_classes
 from lsag.device import autocast, autocast_dtype
 from lsag.distributed.world import World, lost_peers
 from lsag.errors import InputError, UsageError
-from lsag.model.build import build_model, image_shape, set_recompute
+from lsag.model.build import build_model, freeze, image_shape, set_recompute
 from lsag.model.network import LSAG
 from lsag.training.data import Data
 from lsag.training.optim import make_optimizer, moving_average
@@ -38,8 +40,10 @@ def begin(preset: Preset, data: Data, run: NoRun, world: World, options: TrainOp
     notes = []
     if options.init_from is not None and checkpoint is None:
         notes.append(f"weights from {options.init_from}")
-        notes += initialise_from(model, options.init_from, num_classes=len(data.classes), reset_head=options.reset_head)
+        notes += initialise_from(model, options.init_from, classes=data.classes, reset_head=options.reset_head)
     set_recompute(model, options.recompute)
+    if frozen := freeze(model, preset.train.freeze):
+        notes.append(f"train.freeze = {preset.train.freeze} keeps {frozen:,} parameters as they are")
     optimizer = make_optimizer(model, preset.train)
     dtype = autocast_dtype(world.device, options.precision)
     state = State(
@@ -85,6 +89,9 @@ def _resumed(state: State, checkpoint: Checkpoint, out: Path) -> list[str]:
         if earlier.get(key, now) != now
     ]
     notes = [f"resumed after step {step}"]
+    if state.finished:
+        epochs = f"epoch {state.position.epoch} of {state.preset.train.epochs}"
+        notes = [f"{out} is already finished ({epochs}): nothing is left to train"]
     return notes if not changes else [*notes, f"{', '.join(changes)}: results may differ in rounding"]
 
 
@@ -108,25 +115,25 @@ def data_parallel(
     return ddp
 
 
-def initialise_from(model: nn.Module, path: str | Path, *, num_classes: int, reset_head: bool = False) -> list[str]:
+def initialise_from(
+    model: nn.Module, path: str | Path, *, classes: Sequence[str], reset_head: bool = False
+) -> list[str]:
     """Load the weights of a checkpoint into `model`, to fine-tune it; returns notes on what had to be changed.
 
-    LSAG's position embeddings are resized (bicubic) to the model's image size. With `reset_head` the classifier keeps
-    its initial weights. InputError that names both models if the rest does not fit.
+    Rows of the head are those of the class with that name; a class that the checkpoint does not know, and with
+    `reset_head` every class, keeps the initial weights. Classes without names are taken in order if there are as many.
+    LSAG's position embeddings are resized (bicubic) to the model's image size. InputError that names both models if
+    the rest does not fit.
     """
     found = load_checkpoint(path)
-    weights, wanted, notes = found.model.state_dict(), model.state_dict(), []
-    if reset_head:
+    weights, notes = found.model.state_dict(), []
+    wanted = {key: value.cpu() for key, value in model.state_dict().items()}
+    if reset_head or found.classes != tuple(classes):
         known: Any = getattr(model, "pretrained_cfg", {})
         heads = known.get("classifier", "head")
         prefixes = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
-        weights |= {key: value for key, value in wanted.items() if key.startswith(prefixes)}
-        notes.append(f"a new head for {num_classes} classes")
-    elif found.preset.model.num_classes != num_classes:
-        raise InputError(
-            f"{path}: {found.preset.name} has {found.preset.model.num_classes} classes, asked for {num_classes}",
-            "add --reset-head for a new classifier",
-        )
+        head = {key: value for key, value in wanted.items() if key.startswith(prefixes)}
+        notes.append(_replace_head(weights, head, old=() if reset_head else found.classes, new=classes))
     if isinstance(model, LSAG) and isinstance(found.model, LSAG):
         sides = zip(found.model.config.grid_sizes, model.config.grid_sizes, strict=False)
         for key, (old, new) in zip([key for key in wanted if key.endswith("pos")], sides, strict=False):
@@ -141,6 +148,33 @@ def initialise_from(model: nn.Module, path: str | Path, *, num_classes: int, res
         ) from error
     model.load_state_dict(weights)
     return notes
+
+
+def _replace_head(
+    weights: dict[str, torch.Tensor], head: Mapping[str, torch.Tensor], *, old: Sequence[str], new: Sequence[str]
+) -> str:
+    """Replace the head in `weights` by `head`, in which a class that was among the `old` ones keeps its row.
+
+    Classes without names are taken to be the same if there are as many. Returns a note that says which rows are kept.
+    """
+    if tuple(old) == placeholder_classes(len(new)):
+        return "head: kept, as the checkpoint has as many classes, without names"
+    rows = {name: row for row, name in enumerate(old)}
+    kept = [name for name in new if name in rows]
+    if not kept:
+        weights |= head
+        return f"a new head for {len(new)} classes"
+    for key, fresh in head.items():
+        trained = weights.get(key)
+        if trained is not None and trained.shape == (len(old), *fresh.shape[1:]) and len(fresh) == len(new):
+            weights[key] = fresh.clone()
+            weights[key][[row for row, name in enumerate(new) if name in rows]] = trained[[rows[name] for name in kept]]
+    added = [name for name in new if name not in rows]
+    return f"head: rows of {_listed(kept)} kept" + (f", of {_listed(added)} new" if added else "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def _resized(positions: torch.Tensor, old: int, new: int) -> torch.Tensor:

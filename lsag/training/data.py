@@ -86,7 +86,7 @@ def open_data(preset: Preset, options: TrainOptions, world: World) -> tuple[Pres
     eval_batch = min(preset.train.batch_size, EVAL_BATCH)
     return preset, Data(
         classes=tuple(train.classes),
-        notes=(*train.notes, *evaluation.notes),
+        notes=tuple(dict.fromkeys((*train.notes, *evaluation.notes))),
         fingerprint=fingerprint,
         num_train=len(train),
         num_eval=len(evaluation),
@@ -115,6 +115,8 @@ def _open(preset: Preset, options: TrainOptions, *, first: bool) -> tuple[Source
             train=train,
             mode=preset.image_mode,
             download=options.download and first,
+            val_split=preset.data.val_split,
+            seed=preset.train.seed,
         )
         for train in (True, False)
     )

@@ -80,10 +80,11 @@ def fit(
     """The epochs that are left. StopRequestedError, between two steps, when a signal asks to stop."""
     position = state.position
     step = TrainStep(state, data.order.slices, world, signals, meter)
-    for epoch in range(position.epoch, state.preset.train.epochs):
+    while not state.finished:
+        epoch = position.epoch
         failpoint("epoch_begin")
         meter.begin_epoch()
-        state.model.train()
+        state.train()
         batches = data.epoch(epoch, meter.first_step)
         for _ in range(meter.first_step, state.steps_per_epoch):
             result = step(batches, save_due=run.save_due)
@@ -122,7 +123,12 @@ def prepare(preset: Preset, options: TrainOptions, world: World) -> TrainOptions
     out = Path(world.from_main(str(options.out)))
     if world.is_main:
         check_run_folder(out, resume=options.resume)
-    check_training(preset.model, slice_size=preset.slice_size(world.size * options.accum), recompute=options.recompute)
+    check_training(
+        preset.model,
+        slice_size=preset.slice_size(world.size * options.accum),
+        recompute=options.recompute,
+        frozen=preset.train.freeze,
+    )
     return options.model_copy(update={"out": out})
 
 

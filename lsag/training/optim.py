@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -25,9 +25,15 @@ def lr_at(step: int, *, train: TrainConfig, steps_per_epoch: int) -> float:
 
 
 def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW. Biases, norms and what the model names, such as positions, are not decayed (as in DeiT)."""
+    """AdamW. Biases, norms and what the model names, such as positions, are not decayed (as in DeiT).
+
+    With `layer_decay` there are groups for each layer, whose "lr_scale" is the factor of its learning rate.
+    """
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
-    groups = param_groups_weight_decay(model, train.weight_decay, no_weight_decay_list=spared)
+    if train.layer_decay == 1:
+        groups = param_groups_weight_decay(model, train.weight_decay, no_weight_decay_list=spared)
+    else:
+        groups = param_groups_layer_decay(model, train.weight_decay, spared, layer_decay=train.layer_decay)
     return torch.optim.AdamW(groups, lr=train.lr, fused=True)
 
 

@@ -130,7 +130,7 @@ class Run(NoRun):
         """Log the epoch, keep the best model, save if it is time or the last epoch, and draw the curves."""
         self.history.append(asdict(summary))
         self.folder.epochs.add(self.history[-1])
-        last = summary.epoch == state.preset.train.epochs
+        last = state.finished
         # First the best model, then the state that says which one is best.
         if summary.epoch == state.position.best_epoch:
             best = replace(state.checkpoint(), training=None)

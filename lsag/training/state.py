@@ -18,6 +18,9 @@ from lsag.inference.evaluate import Metrics
 from lsag.training.events import Epoch
 from lsag.training.optim import lr_at
 
+WEIGHT_ORDER = ("train.freeze", "train.layer_decay")
+"""Settings by which the optimizer orders the weights; they cannot change in a run."""
+
 
 class Position(BaseModel):
     """How far a training is. With the weights and the optimizer's state, all that its rest depends on."""
@@ -108,6 +111,20 @@ class State:
         """Steps of the current epoch that are done."""
         return self.position.step - self.position.epoch * self.steps_per_epoch
 
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or as many as the preset has patience for have brought no better accuracy."""
+        train, epoch = self.preset.train, self.position.epoch
+        return epoch >= train.epochs or 0 < train.patience <= epoch - self.position.best_epoch
+
+    def train(self) -> None:
+        """Put the model in training mode, but not what is frozen: it drops no paths, and keeps its statistics."""
+        self.model.train()
+        for module in self.model.modules() if self.preset.train.freeze else ():
+            trained = [weight.requires_grad for weight in module.parameters()]
+            if trained and not any(trained):
+                module.eval()
+
     def lr_at(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0."""
         return lr_at(step, train=self.preset.train, steps_per_epoch=self.steps_per_epoch)
@@ -196,9 +213,15 @@ class State:
                 f"--allow-change {unknown[0]}: no such setting",
                 "lsag train --dry-run lists the settings; 'data' stands for the images",
             )
-        different = [key for key in changed_keys(checkpoint.preset, self.preset) if key not in allow_change]
+        different = [
+            key
+            for key in changed_keys(checkpoint.preset, self.preset)
+            if key not in allow_change or key in WEIGHT_ORDER
+        ]
         if different:
-            allowed = [f"--allow-change {key}" for key in different[:5] if not key.startswith("model.")]
+            allowed = [
+                f"--allow-change {key}" for key in different[:5] if not key.startswith(("model.", *WEIGHT_ORDER))
+            ]
             fix = " ".join(["resume with the original settings", *(["or", *allowed] if allowed else [])])
             raise UsageError(f"{where} is a run with another {', '.join(different[:5])}", fix)
         same = checkpoint.classes == self.classes and (checkpoint.training or {}).get("dataset") == self.dataset

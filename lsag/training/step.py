@@ -57,7 +57,7 @@ class TrainStep:
         state, position, signals = self.state, self.state.position, self.signals
         lr = state.lr_at(position.step)
         for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         restore_buffers = keep_buffers(state.model)
         total = torch.zeros((), device=self.world.device)
         for index in self.slices:

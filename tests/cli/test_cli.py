@@ -104,7 +104,7 @@ def test_dry_run_touches_nothing(lsag, tmp_path):
     for words in (
         "9,725,608",
         "3.429 G",
-        "3 epochs of 1740",
+        "3 epochs of 1,740",
         "effective batch  736",
         "0.000719",
         "train.weight_decay = 0.05",
@@ -112,6 +112,37 @@ def test_dry_run_touches_nothing(lsag, tmp_path):
         assert words in done.stdout
     plan = json.loads(lsag("train", "--preset", "cifar-tiny", "--dataset", "cifar100", "--dry-run", "--json").stdout)
     assert plan["preset"]["model"]["num_classes"] == 100 and plan["steps"] == 67 * 300
+
+
+def test_a_plan_for_a_machine_that_is_not_here(lsag):
+    here = {"CUDA_VISIBLE_DEVICES": ""}
+    done = lsag("train", "--preset", "in1k-tiny", "--gpus", "8", "--nodes", "2", "--dry-run", env=here)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "736 = 16 devices x 1 slice x 46 images",
+        "16 devices; this machine has 0 GPUs",
+        "1,281,167 training (80,040 an epoch on each device), 50,000 evaluation",
+    ):
+        assert words in done.stdout
+    listed = ["train", "--preset", "cifar-nano", "--gpus", "0,1,2,3", "--dry-run", "--json"]
+    plan = json.loads(lsag(*listed, env=here).stdout)
+    assert (plan["processes"], plan["slice_size"], plan["gpus_here"]) == (4, 32, 0)
+    assert_refused(lsag("train", "--preset", "cifar-nano", "--gpus", "3", "--dry-run"), 2, "cut into 3", "126 or 129")
+    assert_refused(lsag("train", "--gpus", "all", "--dry-run", env=here), 4, "asked for all GPUs, found 0")
+
+
+def test_a_plan_counts_the_images_of_a_folder(lsag, folder):
+    asked = ["train", "--preset", "cifar-nano", "--dataset", "folder", "--set", "train.batch_size=4", "--dry-run"]
+    plan = json.loads(lsag(*asked, "--data-dir", folder, "--probe", "--device", "cpu", "--json").stdout)
+    assert (plan["train_images"], plan["eval_images"], plan["steps"]) == (8, 4, 20)
+    assert plan["preset"]["model"]["num_classes"] == 2
+    assert plan["total_seconds"] == pytest.approx(plan["step_seconds"] * (20 + 10 / 3))
+    shown = lsag(*asked, "--data-dir", folder, "--device", "cpu", "--probe").stdout
+    assert "8 training, 4 evaluation" in shown and "10 epochs of 2 steps" in shown
+    assert re.search(r"total time +about \d+ s with evaluation, without loading", shown)
+    elsewhere = lsag(*asked, "--data-dir", "elsewhere")
+    assert elsewhere.returncode == 0 and "as many steps as the folder has batches" in elsewhere.stdout
+    assert elsewhere.stderr.startswith("images are not counted: no image folder in elsewhere/")
 
 
 def test_flops_lists_every_preset_with_the_papers_figures(lsag):
@@ -185,7 +216,14 @@ REFUSED = {
     "no value": (["train", "--set", "train.epochs"], 2, ["KEY=VALUE"]),
     "set twice": (["train", "--epochs", "5", "--set", "train.epochs=6"], 2, ["train.epochs is set twice"]),
     "a plan that cannot be": (["train", "--dry-run", "--set", "train.batch_size=2000"], 2, ["1,437", "2000"]),
-    "too few epochs": (["train", "--epochs", "2"], 2, ["--set train.warmup_epochs=0"]),
+    "a warm-up that is too long": (
+        ["train", "--epochs", "2", "--set", "train.warmup_epochs=3"],
+        2,
+        ["--set train.warmup_epochs=0"],
+    ),
+    "too many frozen stages": (["train", "--freeze", "3"], 2, ["train.freeze 3 is more than the 2 stages"]),
+    "a split of what is split": (["train", "--val-split", "0.2"], 2, ["digits has its own split", "--dataset folder"]),
+    "all held out": (["train", "--val-split", "1"], 2, ["data.val_split"]),
     "unknown dataset": (["train", "--dataset", "mnist"], 2, ["data.dataset", "'mnist'"]),
     "a batch that is never filled": (["train", "--set", "train.batch_size=2000"], 2, ["1,437", "2000"]),
     "no data": (

@@ -110,6 +110,35 @@ def test_folders_that_cannot_be_read_are_refused(unreadable):
         open_image(unreadable / "train/cat/more/a.png", "RGB")
 
 
+def test_a_share_of_each_class_is_held_out(folder):
+    def parts(seed=0):
+        return [
+            open_split("folder", folder / "train", train=train, mode="L", val_split=0.3, seed=seed)
+            for train in (True, False)
+        ]
+
+    (train, held_out), (_, other) = parts(), parts(seed=2)
+    everything = open_split("folder", folder, train=True, mode="L").paths
+    assert sorted(train.paths + held_out.paths) == everything and held_out.classes == ["cat", "dog"]
+    assert train.labels == [0, 0, 0, 1, 1, 1] and held_out.labels == [0, 1]
+    assert held_out.paths == parts()[1].paths != other.paths and train.fingerprint() != held_out.fingerprint()
+    assert train.name(5).endswith("png") and train.load(5)[1] == 1
+    shutil.copy(folder / "train/dog/0.png", folder / "train/dog/new.png")
+    assert parts()[1].paths[0] == held_out.paths[0]
+    for index in range(1, 4):
+        (folder / f"train/cat/{index}.png").unlink()
+    with pytest.raises(InputError, match=r"cat has one image, which cannot be split — add images"):
+        parts()
+
+
+def test_what_is_split_already_is_not_split_again(folder):
+    with pytest.raises(UsageError, match=r"has train/CLASS/ — --val-split 0, or name the folder"):
+        open_split("folder", folder, train=True, mode="L", val_split=0.3)
+    assert len(open_split("folder", folder, train=False, mode="L", val_split=0.3)) == 4
+    with pytest.raises(InputError, match=r"no image folder in .* or hold out a share of each .* with --val-split 0.2"):
+        open_split("folder", folder / "train", train=True, mode="L")
+
+
 def test_links_to_folders_are_not_followed(folder):
     (folder / "val/cat/loop").symlink_to(folder)
     (folder / "val/cow").symlink_to(folder / "val/dog")
