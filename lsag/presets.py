@@ -67,15 +67,14 @@ def for_fine_tuning(
     `num_slices`. The peak of the learning rate is a tenth of the checkpoint's, whose recipe was `trained`. Settings
     that are `given`, such as "train.lr", stay.
     """
-    batch, notes, changes = preset.train.batch_size, list[str](), dict[str, Any]()
-    if "train.batch_size" not in given and num_images < FINE_TUNING_STEPS * batch:
+    before, batch, notes = preset.train.batch_size, preset.train.batch_size, []
+    if "train.batch_size" not in given and num_images < FINE_TUNING_STEPS * before:
         batch = 2 * num_slices
         while 2 * batch * FINE_TUNING_STEPS <= num_images:
             batch *= 2
-        changes["batch_size"] = batch
-        notes.append(
-            f"batches of {batch} instead of {preset.train.batch_size}, because there are {num_images:,} images"
-        )
+    changes: dict[str, Any] = {"batch_size": batch}
+    if batch != before:
+        notes.append(f"batches of {batch} instead of {before}, because there are {num_images:,} images")
     if "train.lr" not in given:
         factor = FINE_TUNING_LR * trained.batch_size / batch
         changes |= {name: getattr(trained, name) * factor for name in ("lr", "warmup_lr", "min_lr")}
