@@ -124,7 +124,7 @@ def show_figures(preset: Preset, plan: dict[str, Any]) -> None:
     say(f"steps            {counted(recipe.epochs, 'epoch')} of {of_steps}")
     say(f"effective batch  {recipe.batch_size} = {devices} x {slices} x {counted(plan['slice_size'], 'image')}")
     if "gpus_here" in plan:
-        say(f"devices          {devices}; this machine has {counted(plan['gpus_here'], 'GPU')}")
+        say(f"GPUs             {plan['processes']}; this machine has {plan['gpus_here']}")
     say(f"peak lr          {plan['peak_lr']:.3g} ({recipe.lr:g} x {recipe.batch_size} / 512)")
     if "step_seconds" in plan:
         say(f"time per step    {plan['step_seconds']:.3f} s, measured on one device")

@@ -120,7 +120,7 @@ def test_a_plan_for_a_machine_that_is_not_here(lsag):
     assert done.returncode == 0, done.stderr
     for words in (
         "736 = 16 devices x 1 slice x 46 images",
-        "16 devices; this machine has 0 GPUs",
+        "GPUs             16; this machine has 0",
         "1,281,167 training (80,040 an epoch on each device), 50,000 evaluation",
     ):
         assert words in done.stdout
