@@ -4,6 +4,7 @@ The loop asks, and each object decides for itself: TrainStep updates the State, 
 has the clocks, Signals the wishes to stop, World what the ranks agree on.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -48,7 +49,7 @@ def train(preset: Preset, options: TrainOptions) -> Iterator[Progress]:
     that are not finite; TerminatedError or InterruptedByUserError after a signal, once the run is saved.
     """
     began, signals = time.monotonic(), Signals()
-    with joined(options.device, acknowledged=lambda: signals.acknowledged) as world:
+    with joined(options.device, acknowledged=lambda: signals.acknowledged) as world, bits_repeated(options):
         options = prepare(preset, options, world)
         preset, data = open_data(preset, options, world)
         with open_run(options, world, signals) as run:
@@ -116,10 +117,6 @@ def fit(
 
 def prepare(preset: Preset, options: TrainOptions, world: World) -> TrainOptions:
     """Refuse what can be refused before any data is read; the options with rank 0's run folder."""
-    if options.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     out = Path(world.from_main(str(options.out)))
     if world.is_main:
         check_run_folder(out, resume=options.resume)
@@ -130,6 +127,24 @@ def prepare(preset: Preset, options: TrainOptions, world: World) -> TrainOptions
         frozen=preset.train.freeze,
     )
     return options.model_copy(update={"out": out})
+
+
+@contextlib.contextmanager
+def bits_repeated(options: TrainOptions) -> Iterator[None]:
+    """With `deterministic`, allow only operations that give the same bits every time, until the training ends."""
+    if not options.deterministic:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    enabled, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def evaluate_epoch(state: State, data: Data, world: World, signals: Signals) -> Metrics:

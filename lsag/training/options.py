@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lsag.config import Precision, Recompute
-from lsag.errors import DamagedError
+from lsag.errors import DamagedError, UsageError
 from lsag.files import read_bytes
 from lsag.runs import OPTIONS
 
@@ -53,6 +53,14 @@ class TrainOptions(BaseModel):
     NOT_KEPT: ClassVar[set[str]] = {"out", "resume", "allow_change", "init_from", "reset_head"}
     """Fields that concern one start of a run, and are not kept in it."""
 
+    def __init__(self, **values: Any) -> None:
+        """UsageError, in one line, for values that are not possible."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            raise UsageError("; ".join(problems), "see lsag.training.options.TrainOptions") from error
+
     @property
     def resume_command(self) -> str:
         """The command that resumes this run; the run itself says the rest."""
@@ -76,10 +84,8 @@ class TrainOptions(BaseModel):
         try:
             values = json.loads(content)
             names = cls.model_fields.keys() & values.keys() - cls.NOT_KEPT
-            found = cls.model_validate({"out": out, "data_dir": out, **{name: values[name] for name in names}})
+            found = cls(**{"out": out, "data_dir": out} | {name: values[name] for name in names})
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            reason: object = error
-            if isinstance(error, ValidationError):
-                reason = "; ".join(f"{one['loc'][0]}: {one['msg']}" for one in error.errors())
+            reason = error.what if isinstance(error, UsageError) else error
             raise DamagedError(f"{path} is damaged: {reason}", "remove it, and give the run's options again") from error
         return {name: getattr(found, name) for name in names}

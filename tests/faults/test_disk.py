@@ -91,6 +91,18 @@ def test_a_folder_that_vanishes_is_not_made_again(server, arguments, tmp_path):
     assert checkpoints_are_whole(tmp_path / "elsewhere") >= 1
 
 
+def test_a_folder_that_was_replaced_is_left_alone(server, arguments, undisturbed, tmp_path):
+    """Another run takes the place of one that still trains, and neither its files nor its result change."""
+    first = server.start([*arguments, *ACCUM, "--epochs", "5000"], tmp_path)
+    wait_for_step(tmp_path / "run", 20)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    second = server.start([*arguments, *ACCUM], tmp_path)
+    assert first.wait() == 6 and second.wait() == 0, first.stderr + second.stderr
+    assert first.stderr.splitlines()[-1].startswith("lsag: error: run has been replaced: ")
+    assert_same(result(tmp_path / "run"), undisturbed)
+    assert checkpoints_are_whole(tmp_path / "elsewhere") >= 1
+
+
 @pytest.mark.faults
 def test_order_of_the_writes(arguments, tmp_path):
     """A power loss keeps only what was synced: the file before its name, the name before it is relied on."""
