@@ -95,7 +95,7 @@ def predict(
     if nodes:
         say(nodes_line(nodes))
     if unused.total():
-        note(f"not used: {visible(listed(unused))}")
+        note(f"not used: {listed(unused)}")
     if broken:
         note(f"{broken:,} of {len(found):,} images could not be read")
 

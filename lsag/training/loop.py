@@ -49,7 +49,10 @@ def train(preset: Preset, options: TrainOptions) -> Iterator[Progress]:
     that are not finite; TerminatedError or InterruptedByUserError after a signal, once the run is saved.
     """
     began, signals = time.monotonic(), Signals()
-    with joined(options.device, acknowledged=lambda: signals.acknowledged) as world, bits_repeated(options):
+    with (
+        joined(options.device, options.rdzv_timeout, acknowledged=lambda: signals.acknowledged) as world,
+        bits_repeated(options),
+    ):
         options = prepare(preset, options, world)
         preset, data = open_data(preset, options, world)
         with open_run(options, world, signals) as run:

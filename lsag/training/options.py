@@ -9,13 +9,14 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lsag.config import Precision, Recompute
+from lsag.distributed.launch import MEETING_SECONDS
 from lsag.errors import DamagedError, UsageError
 from lsag.files import read_bytes
 from lsag.runs import OPTIONS
 
 
 class TrainOptions(BaseModel):
-    """What `lsag.training.loop.train` takes beside a preset. Paths may be strings; times are in minutes."""
+    """What `lsag.training.loop.train` takes beside a preset. Paths may be strings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,6 +47,8 @@ class TrainOptions(BaseModel):
     """Keep fewer activations, of the local block or of all blocks, and compute them again in the backward."""
     deterministic: bool = False
     """Allow only operations that give the same bits every time."""
+    rdzv_timeout: Annotated[int, Field(ge=1)] = MEETING_SECONDS
+    """Seconds within which all processes must meet."""
     save_minutes: Annotated[float, Field(ge=0)] = 5.0
     save_retry_minutes: Annotated[float, Field(ge=0)] = 30.0
     """How long a checkpoint that cannot be written is tried again."""

@@ -178,7 +178,7 @@ class Run(NoRun):
 
 @contextlib.contextmanager
 def open_run(options: TrainOptions, world: World, signals: Signals) -> Iterator[NoRun]:
-    """The run in `options.out`, locked while this lasts. OutputError if another training holds it or has finished it."""
+    """The run in `options.out`, locked while this lasts. OutputError if it is held, or holds a run to resume."""
     if not world.is_main:
         yield NoRun()
         return

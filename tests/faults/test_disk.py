@@ -82,6 +82,23 @@ def test_a_real_full_disk(material, arguments, undisturbed, tmp_path):
     assert_same(result(tmp_path / "run-8m-1"), undisturbed)
 
 
+@pytest.mark.faults
+def test_shared_memory_that_is_too_small(arguments, tmp_path):
+    """Not a failpoint: 64 KiB of it, too little for the batches of two workers."""
+    if subprocess.run(["unshare", "-rm", "true"]).returncode:
+        pytest.skip("no user namespaces here")
+    train = " ".join(["python", "-m", "lsag_cli", *arguments, "--workers", "2"])
+    mount = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", f"{mount}; {train}"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 7 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert (
+        last.startswith("lsag: error: ") and "shared memory" in last and "--shm-size" in last and "--workers 0" in last
+    )
+
+
 def test_a_folder_that_vanishes_is_not_made_again(server, arguments, tmp_path):
     run = server.start([*arguments, *ACCUM, "--save-retry", "0.03"], tmp_path)
     wait_for_step(tmp_path / "run", 20)
