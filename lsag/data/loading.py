@@ -193,7 +193,7 @@ def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
             return
         except (RuntimeError, OSError, EOFError) as error:
             if loader.num_workers and (limited := _limited(error)):
-                raise limited from error
+                raise WorkerError(*limited) from error
             # A worker may also die between announcing a batch and delivering it.
             cut_off = not isinstance(error, RuntimeError) and loader.num_workers
             if not cut_off and "DataLoader" not in str(error):
@@ -221,12 +221,10 @@ def _try_sharing(workers: int) -> None:
             files.enter_context(Path(os.devnull).open())
 
 
-def _limited(error: Exception) -> WorkerError | None:
-    """The error for workers that this machine keeps from handing over a batch; None for another cause."""
+def _limited(error: Exception) -> tuple[str, str] | None:
+    """What keeps workers from passing on a batch on this machine, and what helps; None for another cause."""
     fix = next((fix for words, fix in LIMITS.items() if words in str(error)), None)
-    return (
-        WorkerError(f"the processes that prepare images cannot pass them on: {first_line(error)}", fix) if fix else None
-    )
+    return (f"the processes that prepare images cannot pass them on: {first_line(error)}", fix) if fix else None
 
 
 _awaiting_workers = False
@@ -274,6 +272,6 @@ def _collate(items: list[Any]) -> Any:
                 tensor.share_memory_()
         except RuntimeError as error:
             if limited := _limited(error):
-                return limited
+                return WorkerError(*limited)
             raise
     return batch
