@@ -165,6 +165,8 @@ def lack(error: Exception) -> tuple[str, str]:
     text = str(error)
     if is_out_of_memory(error):
         return "out of memory", "train: --accum 2, --recompute all; eval: lower --batch-size"
+    if getattr(error, "errno", None) == errno.EMFILE:
+        return "too many files are open", "raise the limit with ulimit -n"
     if "temporary directory" in text:
         return (
             "there is no usable temporary folder",

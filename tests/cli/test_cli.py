@@ -553,6 +553,8 @@ def test_folders_of_runs_begun_in_the_same_second_differ(tmp_path, monkeypatch):
     ("error", "words"),
     [
         (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "TMPDIR"),
+        (OSError(24, "Too many open files"), "ulimit -n"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "--shm-size"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "ulimit -v"),
         (ImportError("IMPORTANT: PLEASE READ THIS\n\nOriginal error was: libx.so.1: cannot open it"), "libx.so.1"),
