@@ -146,7 +146,9 @@ def train(
     ] = None,
     rdzv_timeout: Annotated[
         int,
-        typer.Option(min=1, metavar="SECONDS", help="Time for all processes to meet.", rich_help_panel=DEVICES),
+        typer.Option(
+            min=1, max=86_400, metavar="SECONDS", help="Time for all machines to meet.", rich_help_panel=DEVICES
+        ),
     ] = MEETING_SECONDS,
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Automatic restarts after a failure.", rich_help_panel=DEVICES)

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -135,23 +136,19 @@ def in_time(seconds: float, connect: Callable[[], T]) -> T:
 
     torch has no timeout for a program that accepts a connection where a store should be, and then says nothing.
     """
-    outcome: list[Any] = []
+    outcome: Future[T] = Future()
 
     def run() -> None:
         try:
-            outcome.append((connect(), None))
+            outcome.set_result(connect())
         except Exception as error:
-            outcome.append((None, error))
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TimeoutError(f"no answer within {seconds} s, or it is another program's port")
-    result, error = outcome[0]
-    if error:
-        raise error
-    return result
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {seconds} s, or it is another program's port") from None
 
 
 def _raise_first_cause(reports: list[dict[str, Any]], failures: Mapping[int, Any], stopped_by: int, fix: str) -> None:
@@ -166,14 +163,16 @@ def _raise_first_cause(reports: list[dict[str, Any]], failures: Mapping[int, Any
         raise _with_code(f"stopped by {signal.Signals(stopped_by).name} before it started", "", 128 + stopped_by)
     told = {report["rank"] for report in reports}
     silent = {rank: failure for rank, failure in failures.items() if str(rank) not in told}
-    by_agent = (-signal.SIGTERM, 128 + signal.SIGTERM)
-    first = {rank: failure for rank, failure in silent.items() if failure.exitcode not in by_agent} or silent
-    for rank, failure in first.items():
-        how = f"ended with exit code {failure.exitcode} without a message"
-        if failure.exitcode < 0:
-            how = f"was killed by {signal.Signals(-failure.exitcode).name}"
-        hint = ", probably because memory ran out" if failure.exitcode == -signal.SIGKILL else ""
-        raise WorkerError(f"rank {rank} (process {failure.pid}) {how}{hint}", fix)
+    if silent:
+        ended_by_agent = (-signal.SIGTERM, 128 + signal.SIGTERM)  # while they were starting
+        others = (rank for rank, failure in silent.items() if failure.exitcode not in ended_by_agent)
+        rank = next(others, next(iter(silent)))
+        code = silent[rank].exitcode
+        how = (
+            f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code} and no message"
+        )
+        hint = ", probably because memory ran out" if code == -signal.SIGKILL else ""
+        raise WorkerError(f"rank {rank} (process {silent[rank].pid}) {how}{hint}", fix)
     if reports:
         raise _with_code(reports[0]["what"], fix, reports[0]["code"])
 

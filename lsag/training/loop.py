@@ -4,17 +4,14 @@ The loop asks, and each object decides for itself: TrainStep updates the State, 
 has the clocks, Signals the wishes to stop, World what the ranks agree on.
 """
 
-import contextlib
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from lsag.config import Preset
+from lsag.device import deterministic
 from lsag.distributed.world import World, joined
 from lsag.errors import CheckError, InputError, WorkerError
 from lsag.failpoints import failpoint
@@ -51,7 +48,7 @@ def train(preset: Preset, options: TrainOptions) -> Iterator[Progress]:
     began, signals = time.monotonic(), Signals()
     with (
         joined(options.device, options.rdzv_timeout, acknowledged=lambda: signals.acknowledged) as world,
-        bits_repeated(options),
+        deterministic(options.deterministic),
     ):
         options = prepare(preset, options, world)
         preset, data = open_data(preset, options, world)
@@ -130,24 +127,6 @@ def prepare(preset: Preset, options: TrainOptions, world: World) -> TrainOptions
         frozen=preset.train.freeze,
     )
     return options.model_copy(update={"out": out})
-
-
-@contextlib.contextmanager
-def bits_repeated(options: TrainOptions) -> Iterator[None]:
-    """With `deterministic`, allow only operations that give the same bits every time, until the training ends."""
-    if not options.deterministic:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    enabled, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.backends.cudnn.benchmark = benchmark
 
 
 def evaluate_epoch(state: State, data: Data, world: World, signals: Signals) -> Metrics:

@@ -47,7 +47,7 @@ class TrainOptions(BaseModel):
     """Keep fewer activations, of the local block or of all blocks, and compute them again in the backward."""
     deterministic: bool = False
     """Allow only operations that give the same bits every time."""
-    rdzv_timeout: Annotated[int, Field(ge=1)] = MEETING_SECONDS
+    rdzv_timeout: Annotated[int, Field(ge=1, le=86_400)] = MEETING_SECONDS
     """Seconds within which all processes must meet."""
     save_minutes: Annotated[float, Field(ge=0)] = 5.0
     save_retry_minutes: Annotated[float, Field(ge=0)] = 30.0

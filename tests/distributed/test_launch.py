@@ -29,10 +29,10 @@ def told(rank, code, *, consequence=False):
         (
             [],
             {0: failed(5, -signal.SIGTERM), 1: failed(6, 9)},
-            r"rank 1 \(process 6\) ended with exit code 9 without",
+            r"rank 1 \(process 6\) ended with exit code 9 and no message",
             7,
         ),
-        ([], {0: failed(5, 143), 1: failed(6, 9)}, r"rank 1 \(process 6\) ended with exit code 9 without", 7),
+        ([], {0: failed(5, 143), 1: failed(6, 9)}, r"rank 1 \(process 6\) ended with exit code 9 and no message", 7),
         (
             [],
             {0: failed(5, -signal.SIGTERM), 1: failed(6, -signal.SIGKILL)},
