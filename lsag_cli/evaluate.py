@@ -95,7 +95,7 @@ def evaluate(
     metrics, model = result.metrics, result.model
     note_fallback(model)
     for line in result.notes:
-        note(visible(line))
+        note(line)
     nodes = model.nodes_by_provider() if profile and isinstance(model, Session) else None
     picture, failure = None, None
     try:
