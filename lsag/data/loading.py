@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,15 +29,12 @@ WORKER_GRACE = 15
 """Seconds that a worker lives after SIGTERM."""
 MAX_REPLACED = 100
 """Images that are tried in the place of one."""
-NO_WORKERS = "or use --workers 0"
 LIMITS = {
-    "Too many open files": f"raise the limit with ulimit -n, {NO_WORKERS}",
-    "items of ancdata": f"raise the limit on open files with ulimit -n, {NO_WORKERS}",
-    "shared memory": f"enlarge shared memory, /dev/shm (docker run --shm-size=1g), {NO_WORKERS}",
-    "No space left": f"enlarge shared memory, /dev/shm (docker run --shm-size=1g), {NO_WORKERS}",
-    "AF_UNIX path too long": f"set TMPDIR to a folder with a shorter name, {NO_WORKERS}",
+    "Too many open files|items of ancdata": "raise the limit on open files with ulimit -n",
+    "shared memory|No space left": "enlarge shared memory, /dev/shm (docker run --shm-size=1g)",
+    "AF_UNIX path too long": "set TMPDIR to a folder with a shorter name",
 }
-"""What keeps workers from handing over a batch, by words of the error that says so; and what helps."""
+"""What helps workers to pass on a batch, by words of the error that they fail with."""
 Item = tuple[Tensor, int] | InputError
 
 
@@ -200,7 +198,7 @@ def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
                 raise
             raise WorkerError(
                 f"a process that prepares images has died or hangs: {first_line(error)}",
-                f"check its memory, {NO_WORKERS}",
+                "check its memory, or use --workers 0",
             ) from error
         if isinstance(batch, LsagError):
             # A new one: the traceback of the old one holds this frame, which would hold the error. torch cannot end the
@@ -223,8 +221,11 @@ def _try_sharing(workers: int) -> None:
 
 def _limited(error: Exception) -> tuple[str, str] | None:
     """What keeps workers from passing on a batch on this machine, and what helps; None for another cause."""
-    fix = next((fix for words, fix in LIMITS.items() if words in str(error)), None)
-    return (f"the processes that prepare images cannot pass them on: {first_line(error)}", fix) if fix else None
+    for words, fix in LIMITS.items():
+        if re.search(words, str(error)):
+            what = f"the processes that prepare images cannot pass them on: {first_line(error)}"
+            return what, f"{fix}, or use --workers 0"
+    return None
 
 
 _awaiting_workers = False
