@@ -1,9 +1,11 @@
 """The device that a model runs on, and its setup."""
 
 import ctypes
+import os
 import resource
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -27,6 +29,24 @@ def choose_device(name: str = "auto", *, keep_memory: bool = True) -> torch.devi
     if device.type == "cpu" and keep_memory:
         _keep_freed_memory()
     return device
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside, if it is `wanted`, torch allows only operations that give the same bits every time."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    enabled, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:

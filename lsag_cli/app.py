@@ -15,7 +15,7 @@ import typer
 from typer.exceptions import TyperException
 
 from lsag import __version__
-from lsag.distributed.launch import launched, report
+from lsag.distributed.launch import LAUNCHER, launched, orphaned, report
 from lsag.errors import (
     InterruptedByUserError,
     LsagError,
@@ -87,6 +87,10 @@ def main() -> None:
     # How long an idle OpenMP thread keeps its core busy, read when libgomp is loaded. By default that is milliseconds;
     # with other work on the machine, each product then waits for threads that wait for cores (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # What goes wrong in torch's C++ is also raised, and told in one line. Read when torch is loaded.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    # Whatever Python this one starts, such as multiprocessing's, must not import what lies in the current folder.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, terminate)
@@ -128,6 +132,10 @@ def open_streams() -> None:
 def run() -> int:
     """Run the command in argv; its exit code. An error has been reported by then."""
     try:
+        Path.cwd()
+    except OSError:
+        return fail("the current folder has been deleted", "go to one that exists", 4)
+    try:
         code = typer.main.get_command(app).main(prog_name="lsag", standalone_mode=False) or 0
         return fail("interrupted", "", code) if code == 128 + signal.SIGINT else code  # typer handles Ctrl-C itself
     except LsagError as error:
@@ -148,9 +156,31 @@ def run() -> int:
             raise
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return fail(f"the path {str(error.filename)[:100]}... is too long", "choose a shorter one", 2)
-        if is_out_of_memory(error):
-            return fail("out of memory", "train: --accum 2, --recompute all; eval: lower --batch-size", 4)
-        return bug(error)
+        what, fix = lack(error)
+        return fail(what, fix, 4) if what else bug(error)
+
+
+def lack(error: Exception) -> tuple[str, str]:
+    """What this machine lacks, and how to provide it, if that is the cause of an unforeseen error."""
+    text = str(error)
+    if is_out_of_memory(error):
+        return "out of memory", "train: --accum 2, --recompute all; eval: lower --batch-size"
+    if getattr(error, "errno", None) == errno.EMFILE:
+        return "too many files are open", "raise the limit with ulimit -n"
+    if "temporary directory" in text:
+        return (
+            "there is no usable temporary folder",
+            "free space in /tmp, or set TMPDIR to a folder that can be written",
+        )
+    if "shared memory" in text:
+        return "there is not enough shared memory", "enlarge /dev/shm (docker run --shm-size=1g)"
+    if "can't start new thread" in text:
+        return "no more threads can be started", "raise the limits on processes and memory: ulimit -u, ulimit -v"
+    if isinstance(error, ImportError | OSError) and (
+        library := next((line for line in text.splitlines() if ".so" in line or ".dylib" in line), None)
+    ):
+        return f"a library cannot be loaded: {library}", "raise the limit on memory, ulimit -v; or install it again"
+    return "", ""
 
 
 def leave(code: int) -> NoReturn:
@@ -185,15 +215,21 @@ def fail(what: str, fix: str, code: int, *, consequence: bool = False) -> int:
     if launched():
         report(what, fix, code, consequence=consequence)
         return 0 if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else code
-    if consequence and os.environ.get("RANK", "0") != "0":
+    if (consequence or orphaned()) and os.environ.get("RANK", "0") != "0":
         return code
-    room = MAX_ERROR - len(fix)
-    line = (what if len(what) <= room else what[: room - 3] + "...") + (f" — {fix}" if fix else "")
+    if orphaned():
+        what = f"the launcher (process {os.environ[LAUNCHER]}) is gone: {what}"
     with contextlib.suppress(OSError):
         if output.debug:
             traceback.print_exc()
-        print(f"lsag: error: {line}", file=sys.stderr, flush=True)
+        print(f"lsag: error: {joined(output.visible(what), output.visible(fix))}", file=sys.stderr, flush=True)
     if "--json" in sys.argv and not output.json_printed:
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-        output.print_json(command, error={"code": code, "message": line})
+        output.print_json(command, error={"code": code, "message": joined(what, fix)})
     return code
+
+
+def joined(what: str, fix: str) -> str:
+    """What went wrong and what to do, in at most about MAX_ERROR characters."""
+    room = MAX_ERROR - len(fix)
+    return (what if len(what) <= room else what[: room - 3] + "...") + (f" — {fix}" if fix else "")

@@ -30,7 +30,7 @@ from lsag_cli.options import (
     note_fallback,
     refuse_existing,
 )
-from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr, visible
+from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,7 @@ def evaluate(
     metrics, model = result.metrics, result.model
     note_fallback(model)
     for line in result.notes:
-        note(visible(line))
+        note(line)
     nodes = model.nodes_by_provider() if profile and isinstance(model, Session) else None
     picture, failure = None, None
     try:
@@ -163,10 +163,10 @@ def show(result: "Evaluation") -> None:
     shown = rows[:20] if many else sorted(rows, key=lambda row: order[row[0]])
     say_table(
         ("class", "images", "correct"),
-        [(visible(name), f"{images:,}", percent(share)) for name, share, images in shown],
+        [(name, f"{images:,}", percent(share)) for name, share, images in shown],
         title=f"the 20 worst of {len(rows)} classes" if many else None,
     )
-    where = f"{result.dataset} ({visible(str(result.folder))})" if result.folder else result.dataset
+    where = f"{result.dataset} ({result.folder})" if result.folder else result.dataset
     say(f"{result.model.preset.name} on {where}, {metrics.count:,} images, {result.model.device_name}")
     say(f"top-1 {percent(metrics.top1)}   top-5 {percent(metrics.top5)}   loss {metrics.loss:.4f}")
 

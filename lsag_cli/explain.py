@@ -8,7 +8,7 @@ import typer
 from lsag.errors import InputError, UsageError
 from lsag.files import read_bytes
 from lsag_cli.options import Force, Json, Precision, check_options, loading, refuse_existing
-from lsag_cli.output import percent, print_json, say, status, visible
+from lsag_cli.output import percent, print_json, say, status
 
 
 def explain(
@@ -69,5 +69,5 @@ def explain(
             entropy_bits=found.entropy.mean().item(),
         )
         return
-    say(", ".join(f"{visible(name)} {percent(share)}" for name, share in found.classes))
-    say(f"wrote {visible(str(out))}")
+    say(", ".join(f"{name} {percent(share)}" for name, share in found.classes))
+    say(f"wrote {out}")

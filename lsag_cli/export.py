@@ -158,7 +158,7 @@ def convert(
     if as_json:
         print_json("convert", path=str(out), preset=resolved.name)
         return
-    say(f"{out}: {resolved.name}\n" + eval_command(out, resolved))
+    say(f"{out}: {resolved.name}", eval_command(out, resolved))
 
 
 def eval_command(path: Path, preset: Preset) -> str:

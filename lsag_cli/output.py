@@ -1,4 +1,7 @@
-"""What the commands print: results on stdout, progress and errors on stderr."""
+"""What the commands print: results on stdout, progress and errors on stderr.
+
+All text goes through `visible`, since names of classes, presets and files may contain what a terminal would obey.
+"""
 
 import contextlib
 import io
@@ -27,22 +30,23 @@ class ReaderGoneError(Exception):
     """The reader of stdout is gone. Not an OSError, for which rich and typer would exit with 1."""
 
 
-def say(text: str) -> None:
-    """Print a result on stdout."""
+def say(*lines: str) -> None:
+    """Print lines of a result on stdout."""
     try:
-        print(text)
+        for line in lines:
+            print(visible(line))
     except BrokenPipeError as error:
         raise ReaderGoneError from error
 
 
 def say_prose(text: str) -> None:
     """Print sentences on stdout, broken between words where a terminal ends."""
-    say(textwrap.fill(text, Console().width) if is_terminal(sys.stdout) else text)
+    say(*(textwrap.wrap(text, Console().width) if is_terminal(sys.stdout) else [text]))
 
 
-def visible(name: str) -> str:
-    """A name with its control characters escaped, which a terminal would obey."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode() for one in name)
+def visible(text: str) -> str:
+    """The text on one line: line ends and other control characters, which a terminal would obey, are escaped."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode() for one in text)
 
 
 def say_table(
@@ -53,6 +57,7 @@ def say_table(
     On a terminal that is too narrow, columns leave in the order of `drop`, and then the names in the first column lose
     their beginning. Elsewhere every column is shown in full.
     """
+    rows = [[visible(cell) for cell in row] for row in rows]
     room = Console().width if is_terminal(sys.stdout) else sys.maxsize
     hidden = 0
     while hidden < len(drop) and _width(columns, rows, drop[:hidden]) > room:
@@ -70,7 +75,7 @@ def say_table(
         table.add_row(*(row[index] if index else first for index in shown))
     drawn = io.StringIO()
     Console(file=drawn, width=10_000, markup=False, emoji=False, highlight=False).print(table)
-    say("\n".join(line.rstrip() for line in drawn.getvalue().splitlines()))
+    say(*(line.rstrip() for line in drawn.getvalue().split("\n")[:-1]))
     if hidden:
         left_out = ", ".join(" ".join(column.split()) for column in columns if column in drop[:hidden])
         note(f"no room for: {left_out}; widen the terminal, or see --json")
@@ -99,7 +104,7 @@ def is_terminal(stream: TextIO) -> bool:
 def note(line: str) -> None:
     """Print a line on stderr; a closed stderr is no error."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr)
+        print(visible(line), file=sys.stderr)
 
 
 @contextlib.contextmanager

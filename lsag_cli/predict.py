@@ -29,7 +29,7 @@ from lsag_cli.options import (
     note_fallback,
     refuse_existing,
 )
-from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, status, stderr, visible
+from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, status, stderr
 
 if TYPE_CHECKING:
     from lsag.inference.predict import Prediction
@@ -95,7 +95,7 @@ def predict(
     if nodes:
         say(nodes_line(nodes))
     if unused.total():
-        note(f"not used: {visible(listed(unused))}")
+        note(f"not used: {listed(unused)}")
     if broken:
         note(f"{broken:,} of {len(found):,} images could not be read")
 
@@ -159,10 +159,10 @@ def show(found: "Sequence[Prediction]") -> None:
     runners_up = [f"runner-up {rank}" if most > 2 else "runner-up" for rank in range(1, most)]
     rows = []
     for one in found:
-        pairs = [(visible(name), percent(share)) for name, share in zip(one.classes, one.probabilities, strict=True)]
-        best = pairs[0] if pairs else (f"({visible(one.error)})", "-")
+        pairs = [(name, percent(share)) for name, share in zip(one.classes, one.probabilities, strict=True)]
+        best = pairs[0] if pairs else (f"({one.error})", "-")
         others = [" ".join(pair) for pair in pairs[1:]]
-        rows.append((visible(str(one.image)), *best, *others, *[""] * (most - 1 - len(others if pairs else []))))
+        rows.append((str(one.image), *best, *others, *[""] * (most - 1 - len(others if pairs else []))))
     say_table(("image", "class", "probability", *runners_up), rows, drop=runners_up[::-1])
 
 

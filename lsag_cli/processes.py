@@ -1,7 +1,8 @@
 """Which devices a training gets, and whether it runs here, starts ranks, or is one of them."""
 
+import hashlib
 import os
-import re
+import subprocess
 import sys
 from typing import Annotated
 
@@ -83,6 +84,15 @@ def place(gpus: str | None, device: str, procs: int | None, *, planned: bool = F
     return "cuda", len(chosen)
 
 
+def lsag_command() -> list[str]:
+    """The start of a command line that runs `lsag` as it runs here: with the interpreter, its flags and its path.
+
+    `python -m lsag_cli` would put the current folder first on the path, and run a queue.py that happens to be in it.
+    """
+    start = f"import sys; sys.path[:] = {sys.path}; from lsag_cli.app import main; main()"
+    return [sys.executable, *subprocess._args_from_interpreter_flags(), "-c", start]  # type: ignore[attr-defined]
+
+
 def choose_gpus(gpus: str, numbers: list[str]) -> list[str]:
     """The indices of the GPUs that `--gpus N|all|0,2` asks for. UnavailableError for one that is not there."""
     with loading():
@@ -125,11 +135,13 @@ def join_or_launch(options: TrainCommand, *, processes: int, arguments: list[str
             import torch.distributed.launcher.api  # noqa: F401  which launch uses
 
         launch(
-            [sys.executable, "-m", "lsag_cli", *sys.argv[1:], *arguments],
+            [*lsag_command(), *sys.argv[1:], *arguments],
             processes=processes,
             nodes=options.nodes,
             endpoint=options.rdzv_endpoint,
-            run_id="lsag-" + re.sub(r"\W+", "-", str(options.out)),  # torch makes a folder of that name
+            meeting_seconds=options.rdzv_timeout,
+            # torch makes a folder of that name.
+            run_id="lsag-" + hashlib.blake2b(os.fsencode(options.out), digest_size=8).hexdigest(),
             max_restarts=options.max_restarts,
             fix=f"resume with: {options.resume_command}",
         )

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -35,6 +34,7 @@ from lsag_cli.options import (
 )
 from lsag_cli.output import note, percent, print_json, say
 from lsag_cli.plan import count_images
+from lsag_cli.processes import lsag_command
 
 
 def reproduce(
@@ -101,7 +101,7 @@ def reproduce(
         return
     if todo and scale == "full" and not yes:
         raise UsageError("the paper's setting is trained only when its cost is accepted", "add --yes")
-    command = [sys.executable, "-m", "lsag_cli", "train", "--device", device, "--data-dir", str(where)]
+    command = [*lsag_command(), "train", "--device", device, "--data-dir", str(where)]
     command += ["--accum", str(accum), "--precision", precision, "--recompute", recompute]
     command += [] if workers is None else ["--workers", str(workers)]
     trainings = execute(
@@ -138,7 +138,7 @@ def train_and_report(
     summaries = report(table, runs, out, scale)
     failed = [run for run in runs if run.error]
     if not as_json:
-        say((out / f"table-{table}.md").read_text().rstrip())
+        say(*(out / f"table-{table}.md").read_text().splitlines())
     elif not failed:
         print_json("reproduce", table=table, scale=scale, rows=[asdict(item) for item in summaries])
     if failed:

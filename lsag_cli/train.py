@@ -1,9 +1,12 @@
 """lsag train"""
 
+import contextlib
 import importlib.util
+import itertools
 import logging
 import shlex
 import typing
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +15,9 @@ from typing import Annotated
 import typer
 
 from lsag.config import Precision, Preset, parse_overrides
+from lsag.distributed.launch import MEETING_SECONDS
 from lsag.errors import InputError, InterruptedByUserError, UnavailableError, UsageError
+from lsag.files import writing
 from lsag.presets import for_fine_tuning
 from lsag.runs import BEST, PRESET, RUNS, newest_run, step_files
 from lsag_cli.display import Display, counted, duration
@@ -139,6 +144,12 @@ def train(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Rendezvous address; required with --nodes.", rich_help_panel=DEVICES),
     ] = None,
+    rdzv_timeout: Annotated[
+        int,
+        typer.Option(
+            min=1, max=86_400, metavar="SECONDS", help="Time for all machines to meet.", rich_help_panel=DEVICES
+        ),
+    ] = MEETING_SECONDS,
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Automatic restarts after a failure.", rich_help_panel=DEVICES)
     ] = 0,
@@ -184,7 +195,7 @@ def train(
         "data_dir": data_dir_or_default(data_dir),
         "allow_change": allow_change or (),
     }
-    options = TrainCommand.model_validate(given)
+    options = TrainCommand(**given)
     if resume:
         options = options.with_kept(given_on_the_command_line(context))
     check(options, named=bool(out), probe=probe, dry_run=dry_run)
@@ -202,13 +213,29 @@ def train(
         for line in notes:
             note(line)
         return show_plan(resolved, options, processes=processes * options.nodes, probe=probe, as_json=as_json)
-    ranks = [*([] if start else ["--preset", preset or DEFAULT_PRESET]), *([] if run else ["--out", str(options.out)])]
-    rank = join_or_launch(options, processes=processes, arguments=ranks)
-    if rank is None:
-        return
-    finished = follow(resolved, options, notes=notes, main=rank == 0)
+    with contextlib.nullcontext(options.out) if out else own_folder(options.out) as folder:
+        options = options.model_copy(update={"out": folder})
+        ranks = [*([] if start else ["--preset", preset or DEFAULT_PRESET]), *([] if run else ["--out", str(folder)])]
+        rank = join_or_launch(options, processes=processes, arguments=ranks)
+        finished = None if rank is None else follow(resolved, options, notes=notes, main=rank == 0)
     if finished:
         show_result(finished, resolved, data_dir=options.data_dir, as_json=as_json)
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[Path]:
+    """`folder`, or one with a number after its name, made for this run alone; removed again if it stays empty."""
+    others = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    for path in itertools.chain([folder], others):
+        with writing(path), contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            break
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+            path.parent.rmdir()
 
 
 def check(options: TrainCommand, *, named: bool, dry_run: bool, probe: bool) -> None:

@@ -1,22 +1,26 @@
 """Order and loaders. What is random depends on (seed, epoch, image) and on nothing else."""
 
 import hashlib
+import os
 import random
+import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import Listener
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from lsag.config import Preset
 from lsag.data.sources import Source
 from lsag.data.transforms import eval_transform, train_transform
-from lsag.errors import InputError, UsageError, WorkerError, first_line
+from lsag.errors import InputError, LsagError, UsageError, WorkerError, first_line
 from lsag.machine import available_cores
 
 WORKER_TIMEOUT = 120
@@ -25,6 +29,12 @@ WORKER_GRACE = 15
 """Seconds that a worker lives after SIGTERM."""
 MAX_REPLACED = 100
 """Images that are tried in the place of one."""
+LIMITS = {
+    "Too many open files|items of ancdata": "raise the limit on open files with ulimit -n",
+    "shared memory|No space left": "enlarge shared memory, /dev/shm (docker run --shm-size=1g)",
+    "AF_UNIX path too long": "set TMPDIR to a folder with a shorter name",
+}
+"""What helps workers to pass on a batch, by words of the error that they fail with."""
 Item = tuple[Tensor, int] | InputError
 
 
@@ -173,11 +183,15 @@ def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         try:
             with _worker_deaths_raised():
+                if loading is None and loader.num_workers:
+                    _try_sharing(loader.num_workers)
                 loading = loading or iter(loader)  # this also waits for workers of the epoch before
                 batch = next(loading)
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
+            if loader.num_workers and (limited := _limited(error)):
+                raise WorkerError(*limited) from error
             # A worker may also die between announcing a batch and delivering it.
             cut_off = not isinstance(error, RuntimeError) and loader.num_workers
             if not cut_off and "DataLoader" not in str(error):
@@ -186,11 +200,32 @@ def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
                 f"a process that prepares images has died or hangs: {first_line(error)}",
                 "check its memory, or use --workers 0",
             ) from error
-        if isinstance(batch, InputError):
+        if isinstance(batch, LsagError):
             # A new one: the traceback of the old one holds this frame, which would hold the error. torch cannot end the
             # workers of a loader in such a circle: by the time it is asked to, their queues are closed.
-            raise InputError(batch.what, batch.fix)
+            raise type(batch)(batch.what, batch.fix)
         yield batch
+
+
+def _try_sharing(workers: int) -> None:
+    """Share a tensor and open a socket and files, as workers do to pass on a batch: OSError or RuntimeError.
+
+    What fails there, in a thread of a worker, torch shows as a traceback; and the batch never comes.
+    """
+    torch.zeros(1).share_memory_()
+    Listener(family="AF_UNIX").close()
+    with ExitStack() as files:
+        for _ in range(16 + 6 * workers):  # about as many as they need at a time
+            files.enter_context(Path(os.devnull).open())
+
+
+def _limited(error: Exception) -> tuple[str, str] | None:
+    """What keeps workers from passing on a batch on this machine, and what helps; None for another cause."""
+    for words, fix in LIMITS.items():
+        if re.search(words, str(error)):
+            what = f"the processes that prepare images cannot pass them on: {first_line(error)}"
+            return what, f"{fix}, or use --workers 0"
+    return None
 
 
 _awaiting_workers = False
@@ -231,4 +266,13 @@ def _collate(items: list[Any]) -> Any:
     if broken is not None:
         return broken
     images, labels = zip(*items, strict=True)
-    return torch.stack(images), torch.tensor(labels)
+    batch = torch.stack(images), torch.tensor(labels)
+    if get_worker_info():
+        try:
+            for tensor in batch:
+                tensor.share_memory_()
+        except RuntimeError as error:
+            if limited := _limited(error):
+                return WorkerError(*limited)
+            raise
+    return batch

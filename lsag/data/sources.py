@@ -1,6 +1,7 @@
 """Datasets: decoded images with their labels, from memory, from folders, from CIFAR's files."""
 
 import copy
+import errno
 import hashlib
 import itertools
 import os
@@ -267,6 +268,8 @@ def open_image(path: Path, mode: str, *, fix: str = REPAIR) -> Image.Image:
             _check_size(image)  # again, for an image inside an icon
             return upright(image, mode=mode)
     except Exception as error:  # decoders raise anything on damaged files
+        if getattr(error, "errno", None) == errno.EMFILE:
+            raise  # the image is not to blame
         reason = first_line(error)
         if isinstance(error, UnidentifiedImageError):
             reason = "not an image"

@@ -5,26 +5,37 @@ process leaves signs of life and, if it fails, the reason, so that one line can 
 """
 
 import contextlib
+import glob
 import json
 import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lsag.errors import LsagError, UnavailableError, WorkerError, first_line
 from lsag.machine import available_cores
 
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
+T = TypeVar("T")
 LAUNCH_FOLDER, LAUNCHER = "LSAG_LAUNCH_FOLDER", "LSAG_LAUNCHER"
 SILENT_SECONDS = 60
 """A process that gives no sign of life for this long counts as dead, and is killed."""
 GRACE_SECONDS = 12
+MEETING_SECONDS = 600
+"""Time for all ranks to arrive."""
+FOLDER_PREFIX = f"lsag-launch-{socket.gethostname()}-"
+"""Of the private folder's name; the launcher's process number comes next. Machines may share a temporary folder."""
 
 
 def launch(
@@ -34,23 +45,25 @@ def launch(
     nodes: int = 1,
     endpoint: str | None = None,
     run_id: str = "lsag",
+    meeting_seconds: int = MEETING_SECONDS,
     max_restarts: int = 0,
     fix: str = "",
 ) -> None:
     """Run `command` as `processes` ranks here, beside those of `nodes` - 1 other machines, and wait until they end.
 
-    Several machines meet at `endpoint`, HOST:PORT on one of them, under the name `run_id`. After a failure all ranks
-    are restarted, up to `max_restarts` times. Raises the error of the first rank to fail, or WorkerError with `fix` for
-    one that was killed. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on to the ranks.
+    Several machines meet at `endpoint`, HOST:PORT on one of them, under the name `run_id`, within `meeting_seconds`.
+    After a failure all ranks are restarted, up to `max_restarts` times. Raises the error of the first rank to fail, or
+    WorkerError with `fix` for one that was killed. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on to the ranks.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.CRITICAL)  # the agent logs everything it does
-    folder = Path(tempfile.mkdtemp(prefix="lsag-launch-"))
+    _remove_abandoned()
+    folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
     os.environ |= {LAUNCH_FOLDER: str(folder), LAUNCHER: str(os.getpid())}
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
     if nodes == 1:
         # Nothing listens beyond this machine: agent and ranks meet in files, gloo and NCCL use the loopback.
@@ -59,7 +72,7 @@ def launch(
         os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
         meeting: dict[str, Any] = {"rdzv_endpoint": str(folder / "agents"), "rdzv_configs": {"store_type": "file"}}
     else:
-        meeting = {"rdzv_endpoint": endpoint}
+        meeting = {"rdzv_endpoint": endpoint, "rdzv_configs": {"join_timeout": meeting_seconds}}
     hangup_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup
     config = LaunchConfig(
         min_nodes=nodes,
@@ -77,14 +90,20 @@ def launch(
     signal.signal(signal.SIGUSR1, lambda *_: _signal_ranks(folder, signal.SIGUSR1))
     stopped_by, failures = 0, {}
     try:
-        elastic_launch(config, command[0])(*command[1:])
+        if nodes > 1:
+            _store = in_time(meeting_seconds, lambda: _reach(config, meeting_seconds))  # kept: it may be the server
+        # torch replaces ${local_rank} in the arguments, and takes $$ for $.
+        elastic_launch(config, command[0])(*(word.replace("$", "$$") for word in command[1:]))
     except SignalException as error:
         stopped_by = error.sigval
     except ChildFailedError as error:
         failures = error.failures
     except Exception as error:
+        late = isinstance(error, RendezvousTimeoutError)
+        reason = f"not all came within {meeting_seconds} s" if late else first_line(error.__cause__ or error)
         raise UnavailableError(
-            f"the processes could not be started, or did not meet: {first_line(error)}", "see docs/cluster.md"
+            f"the processes could not be started, or did not meet{f' at {endpoint}' if endpoint else ''}: {reason}",
+            "see docs/cluster.md",
         ) from error
     finally:
         over.set()
@@ -94,6 +113,42 @@ def launch(
         reports = _reports(folder)
         shutil.rmtree(folder, ignore_errors=True)
     _raise_first_cause(reports, failures, stopped_by, fix)
+
+
+def _reach(config: "LaunchConfig", seconds: int) -> object:
+    """The store at which the agents will meet, or a connection to it."""
+    from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
+
+    return rendezvous_handler_registry.create_handler(
+        RendezvousParameters(
+            config.rdzv_backend,
+            config.rdzv_endpoint,
+            config.run_id,
+            config.min_nodes,
+            config.max_nodes,
+            read_timeout=seconds,
+        )
+    )
+
+
+def in_time(seconds: float, connect: Callable[[], T]) -> T:
+    """What `connect` returns or raises, or TimeoutError after `seconds`.
+
+    torch has no timeout for a program that accepts a connection where a store should be, and then says nothing.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(connect())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {seconds} s, or it is another program's port") from None
 
 
 def _raise_first_cause(reports: list[dict[str, Any]], failures: Mapping[int, Any], stopped_by: int, fix: str) -> None:
@@ -106,25 +161,43 @@ def _raise_first_cause(reports: list[dict[str, Any]], failures: Mapping[int, Any
         raise _with_code(causes[0]["what"], causes[0]["fix"], causes[0]["code"])
     if stopped_by and not reports:
         raise _with_code(f"stopped by {signal.Signals(stopped_by).name} before it started", "", 128 + stopped_by)
-    killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
-    if killed:
-        # The agent ends the others with SIGTERM; whatever came before is the cause.
-        own = {rank: failure for rank, failure in killed.items() if failure.exitcode != -signal.SIGTERM}
-        rank, failure = next(iter((own or killed).items()))
-        name = signal.Signals(-failure.exitcode).name
-        hint = ", probably because memory ran out" if name == "SIGKILL" else ""
-        raise WorkerError(f"rank {rank} (process {failure.pid}) was killed by {name}{hint}", fix)
+    told = {report["rank"] for report in reports}
+    silent = {rank: failure for rank, failure in failures.items() if str(rank) not in told}
+    if silent:
+        ended_by_agent = (-signal.SIGTERM, 128 + signal.SIGTERM)  # while they were starting
+        others = (rank for rank, failure in silent.items() if failure.exitcode not in ended_by_agent)
+        rank = next(others, next(iter(silent)))
+        code = silent[rank].exitcode
+        how = (
+            f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code} and no message"
+        )
+        hint = ", probably because memory ran out" if code == -signal.SIGKILL else ""
+        raise WorkerError(f"rank {rank} (process {silent[rank].pid}) {how}{hint}", fix)
     if reports:
         raise _with_code(reports[0]["what"], fix, reports[0]["code"])
-    if failures:
-        rank, failure = next(iter(failures.items()))
-        raise WorkerError(f"rank {rank} ended with exit code {failure.exitcode} without a message", fix)
 
 
 def _with_code(what: str, fix: str, code: int) -> LsagError:
     error = LsagError(what, fix)
     error.exit_code = code
     return error
+
+
+def _remove_abandoned() -> None:
+    """Remove what launchers of this user on this machine left behind when they were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{glob.escape(FOLDER_PREFIX)}*"):
+        with contextlib.suppress(OSError, ValueError):
+            launcher = int(folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0])
+            try:
+                os.kill(launcher, 0)
+            except ProcessLookupError:
+                if folder.lstat().st_uid == os.getuid():
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def orphaned() -> bool:
+    """Whether the launcher of this process has died, or the environment names one that did not start it."""
+    return os.environ.get(LAUNCHER) not in (None, str(os.getppid()), str(os.getpid()))
 
 
 def launched() -> bool:
@@ -134,7 +207,8 @@ def launched() -> bool:
 
 def report(what: str, fix: str, code: int, *, consequence: bool) -> None:
     """Tell the launcher why this rank fails; `consequence` marks a failure that another rank caused."""
-    entry = {"what": what, "fix": fix, "code": code, "consequence": consequence, "time": time.time()}
+    rank = os.environ.get("RANK", "0")
+    entry = {"rank": rank, "what": what, "fix": fix, "code": code, "consequence": consequence, "time": time.time()}
     with contextlib.suppress(OSError):
         _file("report").write_text(json.dumps(entry))
 
@@ -143,9 +217,8 @@ def report(what: str, fix: str, code: int, *, consequence: bool) -> None:
 def keep_alive() -> Iterator[None]:
     """Give signs of life to the launcher, if there is one, and end when it ends."""
     if not launched():
-        if Path(os.environ.get(LAUNCH_FOLDER, "/dev/null")).is_dir():
-            what = f"the launcher that {LAUNCHER} names is gone, or did not start this process"
-            raise WorkerError(what, f"start again with --resume; or unset {LAUNCHER} and {LAUNCH_FOLDER}")
+        if orphaned():
+            raise WorkerError("nothing was trained", f"start again with --resume; or unset {LAUNCHER}")
         yield
         return
     launcher = int(os.environ[LAUNCHER])

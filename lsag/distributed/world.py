@@ -15,13 +15,20 @@ import torch.distributed as dist
 
 from lsag.device import choose_device
 from lsag.distributed.environment import world_in_environment
-from lsag.distributed.launch import LAUNCH_FOLDER, STUCK_SECONDS, keep_alive, launched, leaving_when_stuck, report
+from lsag.distributed.launch import (
+    LAUNCH_FOLDER,
+    MEETING_SECONDS,
+    STUCK_SECONDS,
+    in_time,
+    keep_alive,
+    launched,
+    leaving_when_stuck,
+    report,
+)
 from lsag.errors import PeerLostError, UnavailableError, UsageError, first_line
 
 TIMEOUT = timedelta(hours=2)
 """Timeout of a collective; long, because rank 0 may wait for disk space. The launcher notices a dead or silent rank."""
-MEETING_TIMEOUT = timedelta(minutes=10)
-"""Time for all ranks to arrive."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,10 @@ def lost_peers() -> Iterator[None]:
 
 
 @contextmanager
-def joined(device: str = "auto", *, acknowledged: Callable[[], bool] = lambda: False) -> Iterator[World]:
-    """The world of this process, read from its environment, on `device`.
+def joined(
+    device: str = "auto", meeting_seconds: int = MEETING_SECONDS, *, acknowledged: Callable[[], bool] = lambda: False
+) -> Iterator[World]:
+    """The world of this process, read from its environment, on `device`. All ranks must be there in `meeting_seconds`.
 
     One process of several leaves when it is stuck after SIGTERM, unless it has `acknowledged` the signal.
     """
@@ -133,7 +142,9 @@ def joined(device: str = "auto", *, acknowledged: Callable[[], bool] = lambda: F
             if folder and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
                 store: dist.Store = dist.FileStore(str(Path(folder, f"store-{attempt}")), size)
             else:
-                store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=MEETING_TIMEOUT))
+                limit = timedelta(seconds=meeting_seconds)
+                meet = partial(dist.rendezvous, "env://", rank, size, timeout=limit)
+                store, _, _ = in_time(meeting_seconds, lambda: next(meet()))
             dist.init_process_group(
                 "nccl" if chosen.type == "cuda" else "gloo",
                 rank=rank,
@@ -142,7 +153,7 @@ def joined(device: str = "auto", *, acknowledged: Callable[[], bool] = lambda: F
                 device_id=chosen if chosen.type == "cuda" else None,
                 store=dist.PrefixStore(f"lsag-{attempt}", store),
             )
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TimeoutError) as error:
             raise UnavailableError(
                 f"rank {rank} cannot meet the others: {first_line(error)}", "see docs/cluster.md"
             ) from error

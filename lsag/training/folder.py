@@ -25,10 +25,12 @@ KEEP = 3
 
 logger = logging.getLogger(__name__)
 Row = TypeVar("Row")
+_locked: set[tuple[int, int]] = set()
+"""Device and inode of each lock that this process holds: to itself, a record lock is no obstacle."""
 
 
 class RunFolder:
-    """An open run folder. One process holds its lock, and no other on this machine can open it until that one ends."""
+    """An open run folder. Its lock is held, and no other training on this machine can open it until it is closed."""
 
     def __init__(self, path: Path) -> None:
         """Create the folder if it is absent, take its lock, and remove what an interrupted write left behind."""
@@ -36,6 +38,8 @@ class RunFolder:
         self.steps, self.epochs = Log(path / STEPS, StepRow), Log(path / METRICS, Epoch)
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
+            if (path / LOCK).exists() and _identity((path / LOCK).stat()) in _locked:
+                raise OutputError(f"{path} is in use by this process", "wait for it, or choose another --out")
             self._lock = (path / LOCK).open("a+")
             try:
                 # A record lock belongs to this process alone: workers that it forks do not inherit it.
@@ -51,10 +55,25 @@ class RunFolder:
             for entry in list(path.iterdir()):
                 if is_temporary(entry.name):
                     entry.unlink()
+            self._identity = _identity(os.fstat(self._lock.fileno()))
+        _locked.add(self._identity)
 
     def close(self) -> None:
         """Release the lock."""
+        _locked.discard(self._identity)
         self._lock.close()
+
+    def check_place(self) -> None:
+        """OutputError if another folder is now at `path`. One that is gone may come back: writing to it will tell."""
+        try:
+            in_place = _identity((self.path / LOCK).stat()) == self._identity
+        except FileNotFoundError:
+            in_place = not self.path.exists()
+        except OSError:
+            return
+        if not in_place:
+            what = f"{self.path} has been replaced: the lock of this run is not there, and nothing more is saved"
+            raise OutputError(what, "move the run's own folder back, then resume it")
 
     def newest(self) -> tuple[Path, Checkpoint] | None:
         """The newest valid checkpoint, None if there are no checkpoints. Damaged ones are renamed to *.corrupt.
@@ -155,6 +174,10 @@ class Log(Generic[Row]):
             with replacing(self.path) as file:
                 file.write("".join(lines).encode())
         return rows
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:

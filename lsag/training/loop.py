@@ -6,14 +6,12 @@ has the clocks, Signals the wishes to stop, World what the ranks agree on.
 
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from lsag.config import Preset
+from lsag.device import deterministic
 from lsag.distributed.world import World, joined
 from lsag.errors import CheckError, InputError, WorkerError
 from lsag.failpoints import failpoint
@@ -48,7 +46,10 @@ def train(preset: Preset, options: TrainOptions) -> Iterator[Progress]:
     that are not finite; TerminatedError or InterruptedByUserError after a signal, once the run is saved.
     """
     began, signals = time.monotonic(), Signals()
-    with joined(options.device, acknowledged=lambda: signals.acknowledged) as world:
+    with (
+        joined(options.device, options.rdzv_timeout, acknowledged=lambda: signals.acknowledged) as world,
+        deterministic(options.deterministic),
+    ):
         options = prepare(preset, options, world)
         preset, data = open_data(preset, options, world)
         with open_run(options, world, signals) as run:
@@ -116,10 +117,6 @@ def fit(
 
 def prepare(preset: Preset, options: TrainOptions, world: World) -> TrainOptions:
     """Refuse what can be refused before any data is read; the options with rank 0's run folder."""
-    if options.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     out = Path(world.from_main(str(options.out)))
     if world.is_main:
         check_run_folder(out, resume=options.resume)

@@ -9,13 +9,14 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lsag.config import Precision, Recompute
-from lsag.errors import DamagedError
+from lsag.distributed.launch import MEETING_SECONDS
+from lsag.errors import DamagedError, UsageError
 from lsag.files import read_bytes
 from lsag.runs import OPTIONS
 
 
 class TrainOptions(BaseModel):
-    """What `lsag.training.loop.train` takes beside a preset. Paths may be strings; times are in minutes."""
+    """What `lsag.training.loop.train` takes beside a preset. Paths may be strings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,12 +47,22 @@ class TrainOptions(BaseModel):
     """Keep fewer activations, of the local block or of all blocks, and compute them again in the backward."""
     deterministic: bool = False
     """Allow only operations that give the same bits every time."""
+    rdzv_timeout: Annotated[int, Field(ge=1, le=86_400)] = MEETING_SECONDS
+    """Seconds within which all processes must meet."""
     save_minutes: Annotated[float, Field(ge=0)] = 5.0
     save_retry_minutes: Annotated[float, Field(ge=0)] = 30.0
     """How long a checkpoint that cannot be written is tried again."""
 
     NOT_KEPT: ClassVar[set[str]] = {"out", "resume", "allow_change", "init_from", "reset_head"}
     """Fields that concern one start of a run, and are not kept in it."""
+
+    def __init__(self, **values: Any) -> None:
+        """UsageError, in one line, for values that are not possible."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            raise UsageError("; ".join(problems), "see lsag.training.options.TrainOptions") from error
 
     @property
     def resume_command(self) -> str:
@@ -76,10 +87,8 @@ class TrainOptions(BaseModel):
         try:
             values = json.loads(content)
             names = cls.model_fields.keys() & values.keys() - cls.NOT_KEPT
-            found = cls.model_validate({"out": out, "data_dir": out, **{name: values[name] for name in names}})
+            found = cls(**{"out": out, "data_dir": out} | {name: values[name] for name in names})
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            reason: object = error
-            if isinstance(error, ValidationError):
-                reason = "; ".join(f"{one['loc'][0]}: {one['msg']}" for one in error.errors())
+            reason = error.what if isinstance(error, UsageError) else error
             raise DamagedError(f"{path} is damaged: {reason}", "remove it, and give the run's options again") from error
         return {name: getattr(found, name) for name in names}

@@ -14,7 +14,7 @@ from lsag.distributed.world import World
 from lsag.errors import OutputError
 from lsag.files import read_bytes, replacing, write_checked
 from lsag.plots import draw_curves
-from lsag.runs import BEST, BROKEN, CURVES, OPTIONS, PRESET
+from lsag.runs import BEST, BROKEN, CURVES, OPTIONS, PRESET, check_run_folder
 from lsag.training.events import Epoch
 from lsag.training.folder import RunFolder
 from lsag.training.options import TrainOptions
@@ -79,6 +79,7 @@ class Run(NoRun):
 
     def begin(self, state: State) -> None:
         """Cut the logs off after the state's position, and keep preset, options and, of a fresh state, a checkpoint."""
+        self.folder.check_place()
         position = state.position
         moments = 4 if state.ema else 3  # weights, moving average, AdamW's two moments, in fp32
         self.folder.check_space(state.num_parameters * 4 * moments)
@@ -100,6 +101,7 @@ class Run(NoRun):
 
     def flush(self) -> None:
         """Write the logs' pending rows; if that fails, the next save tries again, and raises."""
+        self.folder.check_place()
         with contextlib.suppress(OutputError):
             self.folder.steps.flush()
             self.folder.epochs.flush()
@@ -115,6 +117,7 @@ class Run(NoRun):
     def rescue(self, state: State) -> None:
         """Write a checkpoint after a failure, if possible, without another rank's help."""
         with contextlib.suppress(OutputError):
+            self.folder.check_place()
             self.folder.save(state.checkpoint(), state.position.step)
 
     def list_broken(self, reasons: Sequence[str]) -> None:
@@ -137,14 +140,15 @@ class Run(NoRun):
             self._persist(lambda: save_checkpoint(self.options.out / BEST, best))
         if last or self.save_due:
             self.save(state)
+        self.flush()
         if last or time.monotonic() - self.curves_drawn > CURVES_SECONDS:
             self._draw_curves(state.preset.name)
-        self.flush()
 
     def _persist(self, write: Callable[[], object]) -> None:
         """Write, and if that fails, try again for a while: disks are emptied, mounts come back."""
         start, failed = time.monotonic(), False
         while True:
+            self.folder.check_place()
             try:
                 write()
                 break
@@ -174,12 +178,13 @@ class Run(NoRun):
 
 @contextlib.contextmanager
 def open_run(options: TrainOptions, world: World, signals: Signals) -> Iterator[NoRun]:
-    """The run in `options.out`, locked while this lasts. OutputError if another process holds it."""
+    """The run in `options.out`, locked while this lasts. OutputError if it is held, or holds a run to resume."""
     if not world.is_main:
         yield NoRun()
         return
     folder = RunFolder(options.out)
     try:
+        check_run_folder(options.out, resume=options.resume)  # again: the first time it was not locked
         yield Run(folder, options, signals)
     finally:
         folder.close()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from typer.testing import CliRunner
 from lsag import __version__, load_checkpoint, load_preset
 from lsag.checkpoint import random_checkpoint, save_checkpoint
 from lsag.presets import preset_names
-from lsag_cli.app import app
+from lsag_cli.app import app, lack
 from lsag_cli.output import operations
+from lsag_cli.train import own_folder
 from tests.conftest import ROOT, TINY, assert_refused
 from tests.processes import Spawned
 
@@ -481,6 +483,104 @@ def test_ascii_terminals_are_served(lsag_afresh):
     done = lsag_afresh("eval", "absent.pt", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
     assert done.returncode == 3 and done.stderr.isascii()
     assert lsag_afresh("flops", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}).returncode == 0
+
+
+HOSTILE = "b\nb\x1b[31m"
+"""Ends a line and turns the rest of it red."""
+
+
+def test_names_do_not_reach_the_terminal_as_they_are(lsag, tmp_path):
+    for split in ("train", "val"):
+        for name in ("a", HOSTILE):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / split / name / "a.png")
+    (tmp_path / f"{HOSTILE}.json").write_text(
+        json.dumps(load_preset("digits-nano").model_dump(mode="json") | {"name": "red\x9b31m"})
+    )
+    options = ["--dataset", "folder", "--data-dir", ".", "--set", "train.batch_size=2", "--out", "run"]
+    shown = [
+        lsag("train", *TINY, "--preset", f"{HOSTILE}.json", *options),
+        lsag("eval", "run/best.pt", "--data-dir", "."),
+        lsag("predict", "run/best.pt", f"val/{HOSTILE}/a.png"),
+        lsag("explain", "run/best.pt", f"val/{HOSTILE}/a.png", "--out", f"{HOSTILE}.png"),
+        lsag("train", "--preset", f"{HOSTILE}.json", "--dry-run"),
+        lsag("flops", "--preset", f"{HOSTILE}.json"),
+        lsag("flops", "--preset", f"{HOSTILE}.json", "--by-stage"),
+    ]
+    for done in shown:
+        assert done.returncode == 0, done.stderr
+        assert all(line.isprintable() for line in (done.stdout + done.stderr).splitlines()), done.stdout + done.stderr
+    (row,) = (line for line in shown[1].stdout.splitlines() if line.startswith("b"))
+    assert row.split() == ["b\\nb\\x1b[31m", "1", row.split()[2], "%"]
+    exact = json.loads(lsag("eval", "run/best.pt", "--data-dir", ".", "--json").stdout)
+    assert list(exact["per_class"]) == ["a", HOSTILE]
+    (tmp_path / f"val/{HOSTILE}/a.png").write_text("broken")
+    for command in (["eval", "run/best.pt", "--data-dir", "."], ["flops", "--set", f"train.{HOSTILE}=1"]):
+        done = lsag(*command)
+        assert len(done.stderr.splitlines()) == 1 and done.stderr.strip().isprintable() and "b" in done.stderr
+
+
+def test_other_processes_run_as_this_one_does(tmp_path):
+    """With the interpreter's flags and path, and without what lies in the current folder."""
+    for name in ("queue", "random", "timm", "lsag_cli"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('executed')")
+    tell = "import json; from lsag_cli.processes import lsag_command; print(json.dumps(lsag_command()))"
+    flags = ["-P", "-W", "ignore::ResourceWarning", "-X", "utf8"]
+    parent = subprocess.run(
+        [sys.executable, *flags, "-c", tell],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    command = json.loads(parent.stdout)
+    assert {"-P", "-Wignore::ResourceWarning", "utf8"} <= set(command)
+    command.remove("-P")  # which alone would keep the folder out
+    done = subprocess.run([*command, "presets", "--json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["ok"], done.stderr
+
+
+def test_folders_of_runs_begun_in_the_same_second_differ(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = Path("runs/a")
+    with own_folder(name) as first, own_folder(name) as second, own_folder(name) as third:
+        assert [first, second, third] == [name, Path("runs/a-2"), Path("runs/a-3")]
+        (second / "preset.json").touch()
+    assert [path.name for path in Path("runs").iterdir()] == ["a-2"], "what stays empty is removed"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "TMPDIR"),
+        (OSError(24, "Too many open files"), "ulimit -n"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "--shm-size"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "ulimit -v"),
+        (ImportError("IMPORTANT: PLEASE READ THIS\n\nOriginal error was: libx.so.1: cannot open it"), "libx.so.1"),
+        (OSError("libcudart.dylib: cannot open shared object file"), "libcudart.dylib"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_bug(error, words):
+    what, fix = lack(error)
+    assert words in what + fix and fix
+
+
+@pytest.mark.parametrize("error", [ValueError("a.so"), ImportError("no module x"), OSError(5, "Input/output error")])
+def test_anything_else_is_a_bug(error):
+    assert not lack(error)[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere these cannot be taken away")
+def test_a_machine_without_memory_or_a_folder_is_told_so():
+    start = f"{sys.executable} -m lsag_cli"
+    for shell, words in (
+        (f"ulimit -v 1000000; {start} train --device cpu --out /proc/none", "a library cannot be loaded: libtorch"),
+        (f"cd $(mktemp -d) && rmdir $PWD && PYTHONPATH={ROOT} {start} flops", "the current folder has been deleted"),
+    ):
+        done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
+        assert_refused(done, 4, words)
 
 
 @pytest.mark.slow

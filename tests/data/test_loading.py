@@ -1,7 +1,9 @@
+import errno
 import multiprocessing
 import os
 import random
 import signal
+import tempfile
 
 import numpy as np
 import pytest
@@ -60,6 +62,40 @@ def test_a_worker_that_died_between_two_epochs_is_named(tmp_path):
     os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
     with pytest.raises(WorkerError, match="killed by signal"):
         list(batches(loader))
+
+
+def test_what_keeps_workers_from_passing_on_a_batch_is_named(tmp_path, monkeypatch):
+    """At once: torch shows the traceback of a worker's thread, and waits for a batch that never comes."""
+    import lsag.data.loading
+
+    preset = load_preset("digits-nano")
+    source = open_split("digits", tmp_path, train=True, mode="L")
+    main = os.getpid()
+
+    def full(tensor):
+        if os.getpid() != main:
+            raise RuntimeError(
+                "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+            )
+
+    def refused(fix):
+        with pytest.raises(WorkerError, match=f"cannot pass them on: .* — .*{fix}, or use --workers 0"):
+            list(batches(train_loader(source, preset, EpochBatches(len(source), preset), workers=1)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "share_memory_", full)
+        refused(r"/dev/shm \(docker run --shm-size=1g\)")
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 120)))
+        patch.setattr(multiprocessing.process.current_process(), "_config", {})  # which keeps the folder in use
+        (tmp_path / ("x" * 120)).mkdir()
+        refused("set TMPDIR to a folder with a shorter name")
+
+    def no_more_files(family):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(lsag.data.loading, "Listener", no_more_files)
+    refused("ulimit -n")
 
 
 def test_signals_leave_workers_at_work_but_not_for_ever(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import io
 import os
 import random
@@ -376,3 +377,13 @@ def test_an_icon_that_holds_a_bomb_is_refused_before_it_is_decoded(tmp_path, kin
     decoding = mock.patch("PIL.PngImagePlugin.PngImageFile.load", side_effect=AssertionError("decoded"))
     with decoding, pytest.raises(InputError, match="more than 50,000,000 pixels"):
         open_image(tmp_path / f"a.{kind}", "RGB")
+
+
+def test_an_image_is_not_to_blame_for_open_files(tmp_path, monkeypatch):
+    def no_more_files(path, mode):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Path, "open", no_more_files)
+    with pytest.raises(OSError, match="Too many open files"):
+        open_image(tmp_path / "a.png", "L")

@@ -82,12 +82,41 @@ def test_a_real_full_disk(material, arguments, undisturbed, tmp_path):
     assert_same(result(tmp_path / "run-8m-1"), undisturbed)
 
 
+@pytest.mark.faults
+def test_shared_memory_that_is_too_small(arguments, tmp_path):
+    """Not a failpoint: 64 KiB of it, too little for the batches of two workers."""
+    if subprocess.run(["unshare", "-rm", "true"]).returncode:
+        pytest.skip("no user namespaces here")
+    train = " ".join(["python", "-m", "lsag_cli", *arguments, "--workers", "2"])
+    mount = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", f"{mount}; {train}"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 7 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert (
+        last.startswith("lsag: error: ") and "shared memory" in last and "--shm-size" in last and "--workers 0" in last
+    )
+
+
 def test_a_folder_that_vanishes_is_not_made_again(server, arguments, tmp_path):
     run = server.start([*arguments, *ACCUM, "--save-retry", "0.03"], tmp_path)
     wait_for_step(tmp_path / "run", 20)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     assert run.wait() == 6, run.stderr
     assert not (tmp_path / "run").exists()
+    assert checkpoints_are_whole(tmp_path / "elsewhere") >= 1
+
+
+def test_a_folder_that_was_replaced_is_left_alone(server, arguments, undisturbed, tmp_path):
+    """Another run takes the place of one that still trains, and neither its files nor its result change."""
+    first = server.start([*arguments, *ACCUM, "--epochs", "5000"], tmp_path)
+    wait_for_step(tmp_path / "run", 20)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    second = server.start([*arguments, *ACCUM], tmp_path)
+    assert first.wait() == 6 and second.wait() == 0, first.stderr + second.stderr
+    assert first.stderr.splitlines()[-1].startswith("lsag: error: run has been replaced: ")
+    assert_same(result(tmp_path / "run"), undisturbed)
     assert checkpoints_are_whole(tmp_path / "elsewhere") >= 1
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from lsag import load_checkpoint
 from tests.faults.driver import STEPS, result, wait_for_step
-from tests.processes import Spawned, children
+from tests.processes import Spawned, children, gone
 
 
 def rows(out):
@@ -62,6 +62,27 @@ def test_an_error_of_all_ranks_is_told_once(arguments, material, tmp_path):
     assert run.wait() == 3
     assert len(run.stderr.splitlines()) == 1 and "class-2/7.png: not an image" in run.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.faults
+def test_a_rank_that_ends_without_a_word_while_the_other_starts_is_the_cause(arguments, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os._exit(9)")
+    environment = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    run = Spawned([*arguments, "--procs", "2"], tmp_path, environment)
+    assert run.wait() == 7
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("lsag: error: rank 1 (process") and "exit code 9" in line
+
+
+@pytest.mark.faults
+def test_a_killed_launcher_is_named_once(arguments, tmp_path):
+    run = Spawned([*arguments, "--procs", "2", "--epochs", "5000"], tmp_path)
+    wait_for_step(tmp_path / "run", 20)
+    ranks = run.ranks()
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL and gone(ranks, within=15)
+    (line,) = (line for line in run.stderr.splitlines() if "error" in line)
+    assert line.startswith(f"lsag: error: the launcher (process {run.pid}) is gone: stopped by SIGTERM; step")
 
 
 @pytest.mark.faults

@@ -145,6 +145,47 @@ def test_a_used_folder_and_an_absent_device_are_refused(tmp_path, tiny_preset):
         list(train(tiny_preset, TrainOptions(data_dir=tmp_path, out=tmp_path / "x", device="tpu")))
 
 
+def test_a_run_that_another_has_begun_meanwhile_is_not_continued(tmp_path, tiny_preset, monkeypatch):
+    """Between the first look at the folder and its lock, the data are read, which takes minutes for ImageNet."""
+    import lsag.training.loop as module
+
+    real, begun = module.open_data, []
+
+    def slowly(*arguments):
+        if not begun:
+            begun.append(1)
+            run(tiny_preset, tmp_path / "run")
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "open_data", slowly)
+    with pytest.raises(OutputError, match="run holds a run"):
+        run(tiny_preset, tmp_path / "run")
+
+
+def test_one_process_trains_a_folder_once_at_a_time(tmp_path, tiny_preset):
+    first = train(tiny_preset, TrainOptions(data_dir=tmp_path, out=tmp_path / "run", device="cpu"))
+    next(first)
+    with pytest.raises(OutputError, match="is in use by this process"):
+        run(tiny_preset, tmp_path / "run", resume=True)
+    assert len(list(first)) > 1
+    run(tiny_preset, tmp_path / "run", resume=True)
+
+
+def test_a_deterministic_training_leaves_torch_as_it_was(tmp_path, tiny_preset):
+    def settings():
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+
+    torch.backends.cudnn.benchmark = True
+    training = train(
+        tiny_preset, TrainOptions(data_dir=tmp_path, out=tmp_path / "run", device="cpu", deterministic=True)
+    )
+    next(training)
+    assert settings() == (True, False)
+    training.close()
+    assert settings() == (False, True)
+    torch.backends.cudnn.benchmark = False
+
+
 def test_weights_that_break_in_the_last_step_are_not_saved(tmp_path, two_epochs, monkeypatch):
     import lsag.training.loop as module
 

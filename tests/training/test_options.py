@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lsag.errors import DamagedError
+from lsag.errors import DamagedError, UsageError
 from lsag.training.options import TrainOptions
 from tests.conftest import TINY, assert_refused
 
@@ -61,6 +61,11 @@ def test_every_option_is_kept_or_concerns_one_start_alone(tmp_path):
     kept = TrainOptions.kept_in(tmp_path)
     assert kept.keys() | TrainOptions.NOT_KEPT == TrainOptions.model_fields.keys()
     assert (kept["workers"], kept["precision"], kept["save_minutes"]) == (3, "bf16", 1.0)
+
+
+def test_options_that_are_not_possible_are_one_line(tmp_path):
+    with pytest.raises(UsageError, match=r"^accum: Input should be .* 1; worker: Extra inputs .* — see [^\n]+$"):
+        TrainOptions(out=tmp_path, data_dir="data", accum=0, worker=1)
 
 
 def test_what_a_dead_start_left_is_not_kept(lsag, tmp_path):

@@ -471,11 +471,14 @@ def test_nonsense_in_the_environment_is_refused(lsag):
 
 
 @pytest.mark.slow
-def test_ranks_train_into_a_folder_below_another(lsag, tmp_path):
-    """The launcher makes a folder named after the run, in which a path would be one more folder."""
-    done = lsag("train", *TINY, "--device", "cpu", "--procs", "2", "--workers", "0", "--out", tmp_path / "deep/run")
+def test_ranks_train_into_any_folder_and_from_any_folder(lsag, tmp_path):
+    """The launcher makes a folder named after the run, torch replaces $-names, and Python likes to import queue.py."""
+    for name in ("queue", "random", "timm"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('executed')")
+    out = tmp_path / ("deep" * 30) / ("$$${local_rank}" * 9)
+    done = lsag("train", *TINY, "--device", "cpu", "--procs", "2", "--workers", "0", "--out", out)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "deep/run/best.pt").is_file()
+    assert (out / "best.pt").is_file()
 
 
 @pytest.mark.slow
