@@ -41,7 +41,8 @@ def say(*lines: str) -> None:
 
 def say_prose(text: str) -> None:
     """Print sentences on stdout, broken between words where a terminal ends."""
-    say(*(textwrap.wrap(text, Console().width) if is_terminal(sys.stdout) else [text]))
+    wrapped = textwrap.wrap(text, Console().width, break_long_words=False, break_on_hyphens=False)
+    say(*(wrapped if is_terminal(sys.stdout) else [text]))
 
 
 def visible(text: str) -> str:
