@@ -33,13 +33,16 @@ def build_model(config: ModelConfig | TimmConfig) -> nn.Module:
     UsageError if timm has no such classifier, or if it does not accept such images.
     """
     if isinstance(config, ModelConfig):
-        if count(config).params > MAX_PARAMETERS:
-            what = f"a model of {count(config).params:,} parameters is too large"
-            raise UsageError(what, "choose smaller settings of model")
+        _check_size(config)
         return LSAG(config)
     with torch.device("meta"), _limited_size():  # only shapes, without memory
         _logits(timm_model(config.timm, config.arguments, config).eval(), config, batch=1)
     return timm_model(config.timm, config.arguments, config)
+
+
+def _check_size(config: ModelConfig) -> None:
+    if (parameters := count(config).params) > MAX_PARAMETERS:
+        raise UsageError(f"a model of {parameters:,} parameters is too large", "choose smaller settings of model")
 
 
 @contextlib.contextmanager
@@ -64,9 +67,9 @@ def _limited_size() -> Iterator[None]:
 def check_training(
     config: ModelConfig | TimmConfig, *, slice_size: int, recompute: Recompute = "none", frozen: int = 0
 ) -> None:
-    """UsageError if a timm classifier cannot be trained like this; checked without data or memory."""
+    """UsageError if a model is too large, or a timm classifier cannot be trained like this; needs no data or memory."""
     if isinstance(config, ModelConfig):
-        return
+        return _check_size(config)
     with torch.device("meta"):
         model = build_model(config).train()
         freeze(model, frozen)

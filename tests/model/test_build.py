@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from functools import partial
 
 import pytest
 import timm
@@ -142,8 +143,9 @@ def test_a_model_without_measure_is_refused_before_it_is_built():
         cifar("vit_tiny_patch16_224,depth=20000").model,
         cifar("vit_tiny_patch16_224,embed_dim=98304").model,
     ):
-        with pytest.raises(UsageError, match=r"a model of .* is too large"):
-            build_model(config)
+        for check in (build_model, partial(check_training, slice_size=2)):
+            with pytest.raises(UsageError, match=r"a model of .* is too large"):
+                check(config)
 
 
 def test_what_torch_cannot_export_is_said(tmp_path):
