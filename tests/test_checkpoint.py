@@ -65,7 +65,7 @@ def test_shared_positions_are_resized(tmp_path):
         source.model.embed.pos.copy_(torch.arange(8.0).expand(144, 1, 8))
     save_checkpoint(tmp_path / "a.pt", source)
     assert "embed.pos resized from 12 x 12 to 16 x 16 patches" in initialise_from(
-        model, tmp_path / "a.pt", num_classes=7
+        model, tmp_path / "a.pt", classes=source.classes
     )
     torch.testing.assert_close(model.embed.pos.detach(), torch.arange(8.0).expand(256, 1, 8))
     assert torch.equal(model.embed.conv.weight, source.model.embed.conv.weight)
