@@ -74,7 +74,7 @@ def check_images(images: Any, preset: Preset) -> None:
         if images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1:] == shape and len(images):
             return
     raise UsageError(
-        f"{preset.name} takes uint8 images (B, {', '.join(map(str, shape))}), not {found}", "see .transform"
+        f"{preset.name} takes uint8 images (B, {', '.join(map(str, shape))}), not {found}", "make them with .transform"
     )
 
 
