@@ -4,7 +4,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from lsag_cli.output import is_terminal, mega, note, percent, stderr, visible
+from lsag_cli.output import is_terminal, mega, note, percent, stderr
 
 if TYPE_CHECKING:
     from lsag.training.events import Epoch, Started, Step
@@ -34,7 +34,7 @@ class Display:
             f"{counted(self.epochs, 'epoch')} of {counted(self.steps, 'step')}; writing to {started.out}"
         )
         for line in started.notes:
-            note(visible(line))
+            note(line)
         self.writer = tensorboard_writer(started) if tensorboard else None
         self.bar = None
         if is_terminal(sys.stderr):

@@ -9,7 +9,7 @@ from lsag.errors import InputError, UsageError
 from lsag_cli.display import counted, duration
 from lsag_cli.flops import count_network
 from lsag_cli.options import loading
-from lsag_cli.output import note, operations, print_json, say, visible
+from lsag_cli.output import note, operations, print_json, say
 from lsag_cli.processes import TrainCommand
 
 
@@ -52,7 +52,7 @@ def show_plan(preset: Preset, options: TrainCommand, *, processes: int, probe: b
         if preset.data.dataset == "folder":
             preset = preset.with_classes(classes)
     except InputError as error:
-        note(f"images are not counted: {visible(error.what)}")
+        note(f"images are not counted: {error.what}")
     if steps == 0:
         raise UsageError(
             f"{train_images:,} training images do not fill one batch of {recipe.batch_size}",
