@@ -117,7 +117,8 @@ class Server:
     def close(self) -> None:
         """End the server and whatever a test that failed has left behind."""
         for process in [*descendants(self.process.pid), self.process.pid]:
-            os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         self.process.wait(30)
 
 
