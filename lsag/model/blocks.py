@@ -45,14 +45,26 @@ class ShiftEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """All variants of all patches: (B, C, height, width) -> (B, N, T, D)."""
+        if torch.onnx.is_in_onnx_export():
+            return self.embed_for_export(images)
         return self.embed_rows(self.shift(images), self.pos, self.kernel_matrices())
 
     def shift(self, images: Tensor) -> Tensor:
         """The shifted copies, zero-padded for the convolution to P x P pixels; channels last in memory.
 
+        (B, C, height, width) -> (T, B, C, P, P).
+        """
+        copies = []
+        for moved in self.moved(images):
+            bottom, right = (self.padded_size - self.padding - size for size in moved.shape[2:])
+            copies.append(F.pad(moved, (self.padding, right, self.padding, bottom)))
+        return torch.cat(copies).unflatten(0, (len(copies), -1))
+
+    def moved(self, images: Tensor) -> list[Tensor]:
+        """The shifted copies without their padding, (B, C, height, width) each; larger ones if the image may grow.
+
         Content moves px to the right and py down. What moves in is what moved out or, for translations, the mirrored
-        border. (B, C, height, width) -> (T, B, C, P, P). ValueError for images of another shape than the model's, which
-        would be cut silently.
+        border. ValueError for images of another shape than the model's, which would be cut silently.
         """
         if tuple(images.shape[1:]) != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
@@ -62,16 +74,14 @@ class ShiftEmbedding(nn.Module):
             )
         reach = max(abs(pixels) for shift in self.shifts for pixels in shift)
         height, width = images.shape[2:]
-        wider = F.pad(images, (reach,) * 4, mode=self.padding_mode).contiguous(memory_format=torch.channels_last)
+        wider = _wider(images, reach, mode=self.padding_mode).contiguous(memory_format=torch.channels_last)
         copies = []
         for px, py in self.shifts:
             # Departure: the release ("extend") lets the image grow, so that with kernel 9 the last row and column of
             # tokens see what a rolled image would have lost.
             cut_x, cut_y = (0, 0) if self.extend else (px, py)
-            moved = wider[:, :, reach - py : reach - cut_y + height, reach - px : reach - cut_x + width]
-            bottom, right = (self.padded_size - self.padding - size for size in moved.shape[2:])
-            copies.append(F.pad(moved, (self.padding, right, self.padding, bottom)))
-        return torch.cat(copies).unflatten(0, (len(copies), -1))
+            copies.append(wider[:, :, reach - py : reach - cut_y + height, reach - px : reach - cut_x + width])
+        return copies
 
     def embed_rows(self, shifted: Tensor, pos: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
         """Pixel rows of the shifted images (T, B, C, rows, P), and the positions of their n tokens -> (B, n, T, D).
@@ -79,11 +89,6 @@ class ShiftEmbedding(nn.Module):
         Positions are (n, T, D), or (n, 1, D) for all variants; `matrices` come from `kernel_matrices`.
         """
         (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
-        if torch.onnx.is_in_onnx_export():
-            # onnxruntime is faster with convolutions (docs/benchmarks.md, onnxruntime against PyTorch).
-            maps = [F.conv2d(*variant, stride) for variant in zip(shifted, *self.kernels(), strict=True)]
-            x = torch.stack([variant.permute(0, 2, 3, 1) for variant in maps], dim=3).flatten(1, 2)
-            return self.norm(x) + pos
         weight, bias = matrices
         # One batched product is faster than a grouped convolution (docs/benchmarks.md, Where the speed comes from).
         patches = shifted.unfold(3, kernel, stride).unfold(4, kernel, stride).permute(0, 1, 3, 4, 5, 6, 2)
@@ -91,6 +96,21 @@ class ShiftEmbedding(nn.Module):
         x = self.norm(x.unflatten(1, (shifted.shape[1], -1)).permute(1, 2, 0, 3))
         # A sum has the memory layout of its first term: this order brings the variants of a token together for free.
         return (pos + x).contiguous()
+
+    def embed_for_export(self, images: Tensor) -> Tensor:
+        """`forward` with operators that every runtime has, and has fast: (B, C, height, width) -> (B, N, T, D).
+
+        The convolutions pad, so that no copy is made of an image; what lies beyond the last token is cut off.
+        """
+        side, dim, edge = math.isqrt(len(self.pos)), self.pos.shape[2], self.padded_size - self.padding
+        weight, bias, maps = self.conv.weight, self.conv.bias, []
+        assert bias is not None
+        for index, moved in enumerate(self.moved(images)):
+            own = slice(index * dim % len(weight), index * dim % len(weight) + dim)  # translations share one kernel
+            embedded = F.conv2d(moved[:, :, :edge, :edge], weight[own], bias[own], self.conv.stride, self.padding)
+            maps.append(embedded[:, :, :side, :side])
+        variants = torch.cat(maps, dim=1).flatten(2).transpose(1, 2).unflatten(2, (len(maps), dim))
+        return self.norm(variants) + self.pos
 
     def kernels(self) -> tuple[Tensor, Tensor]:
         """Weights (T, D, C, kernel, kernel) and biases (T, D) of all variants, which may share them."""
@@ -122,6 +142,15 @@ class ShiftEmbedding(nn.Module):
         for first in range(0, side, num_rows):
             last = min(first + num_rows, side)
             yield shifted[..., first * stride : (last - 1) * stride + kernel, :]
+
+
+def _wider(images: Tensor, reach: int, *, mode: str) -> Tensor:
+    """Images with a border of `reach` pixels: mirrored in mode "reflect", the other side's in mode "circular"."""
+    if not reach or mode == "reflect":
+        return F.pad(images, (reach,) * 4, mode=mode)
+    # Slices, because several runtimes of graphs have no such padding.
+    rows = torch.cat([images[:, :, -reach:], images, images[:, :, :reach]], dim=2)
+    return torch.cat([rows[..., -reach:], rows, rows[..., :reach]], dim=3)
 
 
 class Attention(nn.Module):
@@ -175,16 +204,22 @@ class GlobalAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        query, keys_values = self.q(x), self.kv(x).unflatten(2, (2, self.num_kv_heads, self.head_dim))
-        return self.attend(query, *keys_values.permute(2, 0, 3, 1, 4).unbind(0))
+        key, value = (self.heads_first(part) for part in self.kv(x).chunk(2, dim=2))
+        return self.attend(self.q(x), key, value)
+
+    def heads_first(self, x: Tensor) -> Tensor:
+        """(B, N, K * width) -> (B, K, N, width)."""
+        if self.num_kv_heads == 1:  # a graph would transpose
+            return x.unsqueeze(1)
+        return x.unflatten(2, (self.num_kv_heads, -1)).transpose(1, 2)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Queries (B, N, D), keys and values (B, K, M, d) -> (B, N, D)."""
-        kv_heads, group, num_tokens = self.num_kv_heads, self.num_heads // self.num_kv_heads, query.shape[1]
+        group, num_tokens = self.num_heads // self.num_kv_heads, query.shape[1]
         # The G query heads of a key/value head become G queries per token: keys and values are never repeated.
-        query = query.unflatten(2, (kv_heads, group, self.head_dim)).transpose(1, 2).flatten(2, 3)
-        out = attention(query, key, value)
-        return self.proj(out.unflatten(2, (num_tokens, group)).transpose(1, 2).flatten(2))
+        query = self.heads_first(query).unflatten(3, (group, self.head_dim)).flatten(2, 3)
+        out = attention(query, key, value).unflatten(2, (num_tokens, group)).flatten(3)
+        return self.proj(out.squeeze(1) if self.num_kv_heads == 1 else out.transpose(1, 2).flatten(2))
 
     def attention_weights(self, x: Tensor, token: int) -> Tensor:
         """How much each head of one token attends to each token: (B, N, D) -> (B, H, N)."""
@@ -255,6 +290,9 @@ class LocalBlock(Block):
 
     def forward(self, images: Tensor, embed: ShiftEmbedding, norm1: nn.Module, norm2: nn.Module) -> Tensor:  # type: ignore[override]
         """(B, C, height, width) -> (B, N, D)."""
+        if torch.onnx.is_in_onnx_export():
+            variants = embed(images)
+            return self.add_mlp(variants[:, :, 0] + self.attn(norm1(variants)), norm2)
         matrices, shifted = embed.kernel_matrices(), embed.shift(images)  # once, not for each chunk
         branch_scale = self.drop_path(images.new_ones(images.shape[0], 1, 1))  # stochastic depth, once for all chunks
 

@@ -26,8 +26,23 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, about N / 4, D')."""
         maps = self.conv(x.transpose(1, 2).unflatten(2, (self.side, self.side)))
-        maps = self.norm(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return F.max_pool2d(maps, 3, stride=2, padding=1).flatten(2).transpose(1, 2)
+        maps = self.norm(maps.permute(0, 2, 3, 1))
+        if torch.onnx.is_in_onnx_export():
+            return _max_pool(_max_pool(maps, 1), 2).flatten(1, 2)
+        return F.max_pool2d(maps.permute(0, 3, 1, 2), 3, stride=2, padding=1).flatten(2).transpose(1, 2)
+
+
+def _max_pool(x: Tensor, dim: int) -> Tensor:
+    """`max_pool` along one dimension (window 3, stride 2, padding 1), as maxima of slices.
+
+    onnxruntime has no CUDA kernel for MaxPool since opset 22 (docs/inference.md).
+    """
+    even = x[(slice(None),) * dim + (slice(0, None, 2),)]
+    odd = x[(slice(None),) * dim + (slice(1, None, 2),)]
+    length = even.shape[dim]
+    before = torch.cat([even.narrow(dim, 0, 1), odd.narrow(dim, 0, length - 1)], dim)
+    after = odd if odd.shape[dim] == length else torch.cat([odd, even.narrow(dim, length - 1, 1)], dim)
+    return torch.maximum(torch.maximum(even, after), before)
 
 
 class Stage(nn.Module):
