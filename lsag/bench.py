@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lsag.checkpoint import load_checkpoint, random_checkpoint
 from lsag.config import Preset, Recompute, parse_spec
-from lsag.device import autocast, autocast_dtype, choose_device, peak_memory
+from lsag.device import DTYPES, autocast, autocast_dtype, choose_device, peak_memory
 from lsag.errors import UsageError
 from lsag.inference.session import Session
 from lsag.model.build import (
@@ -51,6 +52,8 @@ PEERS: dict[str, dict[str, float | None]] = {
 }
 """Contenders and the images per second that the paper prints for them, on its GPU. lsag's come first."""
 
+PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
+
 Mode = Literal["inference", "training"]
 
 
@@ -60,11 +63,12 @@ class Result:
 
     `macs` are those of a forward pass of one image; a training step counts three times as many. Latencies are the
     seconds of a batch of one image. `peak_memory` is in bytes of tensors, parameters and optimizer included. `spread`
-    is half the distance of the quartiles over the median, `share` the share of the matrix-product rate, `ratio` the
-    images per second over the first contender's.
+    is half the distance of the quartiles over the median, `share` the share of the rate of matrix products in the same
+    `precision`, `ratio` the images per second over the first contender's.
     """
 
     name: str
+    precision: str
     params: int
     macs: int
     images_per_second: float
@@ -79,20 +83,20 @@ class Result:
 
 @dataclass(frozen=True)
 class Bench:
-    """The results, and the rate of matrix products in MACs per second that was measured between them."""
+    """The results, and for each precision the MACs per second of matrix products, measured between them."""
 
     results: list[Result]
-    matrix_rate: float
+    matrix_rates: dict[str, float]
     device: str
-    dtype: str
     threads: int
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model; `classify` takes images of `shape` (C, height, width). `model` is None for a graph."""
+    """A model in `dtype`; `classify` takes images of `shape` (C, height, width). `model` is None for a graph."""
 
     name: str
+    dtype: torch.dtype
     shape: tuple[int, int, int]
     params: int
     macs: int
@@ -126,7 +130,8 @@ def bench(
     """Measure each of `specs` (see `open_contender`), `rounds` times in turn, on made-up images.
 
     Inference is a forward pass as the product runs it, with the batch already on the device; training is forward,
-    cross-entropy, backward and an AdamW step, with `recompute` as in lsag.train for lsag's own models. `keep_memory`
+    cross-entropy, backward and an AdamW step, with `recompute` as in lsag.train for lsag's own models. `precision` is
+    that of models; a graph has the one that it was exported with. `keep_memory`
     is that of `choose_device`, for all contenders alike. `on_round` is called with the number of rounds done.
     UsageError for what cannot be measured in this way.
     """
@@ -134,25 +139,24 @@ def bench(
     if threads:
         torch.set_num_threads(threads)
     dtype = autocast_dtype(used, precision)
-    own_precision = dtype is torch.float32
-    contenders = [
-        open_contender(spec, mode=mode, device=used, threads=threads, own_precision=own_precision) for spec in specs
-    ]
+    contenders = [open_contender(spec, mode=mode, device=used, dtype=dtype, threads=threads) for spec in specs]
     _set_up(contenders, compile=compile, recompute=recompute)
-    batches = [Turn(make_run(contender, mode, batch_size, used, dtype)) for contender in contenders]
+    batches = [Turn(make_run(contender, mode, batch_size, used)) for contender in contenders]
     singles = [
-        Turn(make_run(contender, mode, 1, used, dtype), LATENCY_REPEATS)
+        Turn(make_run(contender, mode, 1, used), LATENCY_REPEATS)
         if mode == "inference" and getattr(contender.classify, "batch", None) in (None, 1)  # a graph's may be fixed
         else None
         for contender in contenders
     ]
     side = MATRIX_SIZE[used.type]
-    left, right = torch.randn(2, side, side, device=used, dtype=dtype)
-    product = Turn(torch.inference_mode()(lambda: linear(left, right)))
+    products = {}
+    for dtype in dict.fromkeys(contender.dtype for contender in contenders):
+        matrices = torch.randn(2, side, side, device=used, dtype=dtype)
+        products[PRECISIONS[dtype]] = Turn(torch.inference_mode()(partial(linear, *matrices)))
     memory = [tensor_memory(each, turn.run, mode, used) for each, turn in zip(contenders, batches, strict=True)]
-    take_turns([*batches, *filter(None, singles), product], rounds=rounds, device=used, on_round=on_round)
+    take_turns([*batches, *filter(None, singles), *products.values()], rounds=rounds, device=used, on_round=on_round)
 
-    matrix_rate = side**3 / float(np.median(product.seconds))
+    matrix_rates = {name: side**3 / float(np.median(product.seconds)) for name, product in products.items()}
     first_rate = batch_size / float(np.quantile(batches[0].seconds, 0.5))
     results = []
     for contender, batch, single, num_bytes in zip(contenders, batches, singles, memory, strict=True):
@@ -163,6 +167,7 @@ def bench(
         results.append(
             Result(
                 name=contender.name,
+                precision=PRECISIONS[contender.dtype],
                 params=contender.params,
                 macs=contender.macs,
                 images_per_second=rate,
@@ -172,10 +177,10 @@ def bench(
                 latency_p90=p90,
                 peak_memory=num_bytes,
                 macs_per_second=macs_rate,
-                share=macs_rate / matrix_rate,
+                share=macs_rate / matrix_rates[PRECISIONS[contender.dtype]],
             )
         )
-    return Bench(results, matrix_rate, str(used), str(dtype).removeprefix("torch."), torch.get_num_threads())
+    return Bench(results, matrix_rates, str(used), torch.get_num_threads())
 
 
 def _set_up(contenders: Sequence[Contender], *, compile: bool, recompute: Recompute) -> None:
@@ -202,7 +207,12 @@ def take_turns(turns: Sequence[Turn], *, rounds: int, device: torch.device, on_r
 
 
 def open_contender(
-    spec: str, *, mode: Mode = "inference", device: torch.device, threads: int | None = None, own_precision: bool = True
+    spec: str,
+    *,
+    mode: Mode = "inference",
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    threads: int | None = None,
 ) -> Contender:
     """A preset's name or file, a checkpoint, an .onnx file, or `timm:NAME`.
 
@@ -213,11 +223,14 @@ def open_contender(
     """
     kind, _, rest = spec.partition(":")
     if spec.endswith(".onnx"):
-        if mode == "training" or not own_precision:
-            raise UsageError(f"{spec} can only be run, and in its own precision", "choose a preset or a checkpoint")
-        graph = Session(rest if kind == "host" else spec, provider=device.type, threads=threads)
+        if mode == "training":
+            raise UsageError(f"{spec} is a graph, which cannot be trained", "choose a preset or a checkpoint")
+        graph = Session(
+            rest if kind == "host" else spec, provider=device.type, device_id=device.index or 0, threads=threads
+        )
         total = count_model(graph.preset.model)
-        return Contender(spec, image_shape(graph.preset.model), total.params, total.macs_run, graph)
+        dtype = DTYPES[graph.precision]
+        return Contender(spec, dtype, image_shape(graph.preset.model), total.params, total.macs_run, graph)
     model: nn.Module
     shape: tuple[int, int, int]
     if kind == "timm":
@@ -240,7 +253,7 @@ def open_contender(
     model, macs = model.train(mode == "training"), count_macs(model, shape)
     if kind == "compiled":
         model.compile()
-    return Contender(spec, shape, params, macs, model.to(device), model)
+    return Contender(spec, dtype, shape, params, macs, model.to(device), model)
 
 
 def timm_contender(spec: str) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -256,9 +269,7 @@ def timm_contender(spec: str) -> tuple[nn.Module, tuple[int, int, int]]:
     return model, (options.get("in_chans", channels), height, width)
 
 
-def make_run(
-    contender: Contender, mode: Mode, batch_size: int, device: torch.device, dtype: torch.dtype
-) -> Callable[[], object]:
+def make_run(contender: Contender, mode: Mode, batch_size: int, device: torch.device) -> Callable[[], object]:
     """A function that does one inference or one training step on made-up images."""
     generator = torch.Generator().manual_seed(0)
     if contender.model is None:
@@ -269,7 +280,7 @@ def make_run(
     model, images = contender.model, torch.randn(batch_size, *contender.shape, generator=generator).to(device)
 
     def infer() -> None:
-        with torch.inference_mode(), autocast(device, dtype):
+        with torch.inference_mode(), autocast(device, contender.dtype):
             model(images)
 
     if mode == "inference":
@@ -278,7 +289,7 @@ def make_run(
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step() -> None:
-        with autocast(device, dtype):
+        with autocast(device, contender.dtype):
             logits = model(images)
         F.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
@@ -292,7 +303,11 @@ def seconds(run: Callable[[], object], times: int, device: torch.device) -> floa
 
     torch.utils.benchmark.Timer would run it at least twice more before each measurement: minutes for large models.
     """
-    synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+
+    def synchronize() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
     synchronize()
     start = time.perf_counter()
     for _ in range(times):
@@ -342,7 +357,9 @@ def probe(
     freeze(model, preset.train.freeze)
     if compile:
         model.compile()
-    contender = Contender(preset.name, image_shape(preset.model), 0, 0, model, model)
-    run = make_run(contender, "training", slice_size, used, autocast_dtype(used, precision))
+    dtype = autocast_dtype(used, precision)
+    run = make_run(
+        Contender(preset.name, dtype, image_shape(preset.model), 0, 0, model, model), "training", slice_size, used
+    )
     seconds(run, 1, used)  # the first warms up
     return min(seconds(run, 1, used) for _ in range(steps)), peak_memory(used)

@@ -11,6 +11,8 @@ import torch
 
 from lsag.errors import UnavailableError, UsageError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def choose_device(name: str = "auto", *, keep_memory: bool = True) -> torch.device:
     """`auto` takes CUDA, then Apple's MPS, then the CPU; any other name is that device or an UnavailableError.
@@ -58,10 +60,9 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if precision not in dtypes:
-        raise UsageError(f"unknown precision '{precision}'", f"use one of: auto, {', '.join(dtypes)}")
-    return dtypes[precision]
+    if precision not in DTYPES:
+        raise UsageError(f"unknown precision '{precision}'", f"use one of: auto, {', '.join(DTYPES)}")
+    return DTYPES[precision]
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager[None]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 DEFAULT = ("cifar-tiny", "plain:cifar-tiny")
 COLUMNS = (
     "model",
+    "type",
     "params",
     "MACs",
     "img/s",
@@ -126,7 +127,7 @@ def bench(
         for group, found in measured.items():
             speeds[group] = {result.name: (result.images_per_second, result.spread) for result in found.results}
         place = f"{processor()}, {counted(found.threads, 'thread')}" if found.device == "cpu" else found.device
-        draw_bench(speeds, plot, title=f"{mode}, batch {batch_size}, {found.dtype} on {place}; whiskers: quartiles")
+        draw_bench(speeds, plot, title=f"{mode}, batch {batch_size} on {place}; whiskers: quartiles")
     if as_json:
         figures = [{"group": group, **asdict(found)} for group, found in measured.items()]
         return print_json(
@@ -139,12 +140,11 @@ def bench(
             groups=figures,
         )
     for group, found in measured.items():
-        how = f"{mode}, batch {batch_size}, {found.dtype}{', compiled' if compile else ''}"
+        how = f"{mode}, batch {batch_size}{', compiled' if compile else ''}"
         how += "" if recompute == "none" else f", recompute {recompute}"
         how += ", system allocator" if system_allocator else ""
-        where = (
-            f"{found.device}, {counted(found.threads, 'thread')}, matrix products {operations(found.matrix_rate)}MACs/s"
-        )
+        rates = ", ".join(f"{operations(rate)}MACs/s ({name})" for name, rate in found.matrix_rates.items())
+        where = f"{found.device}, {counted(found.threads, 'thread')}, matrix products {rates}"
         columns, rows = list(COLUMNS), [list(cells(result)) for result in found.results]
         if peers:
             columns.append("paper's\nimg/s")
@@ -164,6 +164,7 @@ def cells(result: "Result") -> tuple[str, ...]:
     latency = [f"{1000 * value:.1f}" if value else "-" for value in (result.latency_p50, result.latency_p90)]
     return (
         result.name,
+        result.precision,
         mega(result.params),
         operations(result.macs),
         f"{result.images_per_second:,.1f}",

@@ -42,8 +42,8 @@ def export(
     overrides: Overrides = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Export an untrained --preset.")] = False,
     opset: Annotated[
-        Opset, typer.Option(help="20 runs on older versions of onnxruntime; 23 has attention as one operator.")
-    ] = 20,
+        Opset, typer.Option(help="23 has attention as one operator; 20 is for onnxruntime before 1.23, and TensorRT.")
+    ] = 23,
     precision: Annotated[
         Literal["fp32", "fp16"], typer.Option(help="Precision of the graph; input and output stay the same.")
     ] = "fp32",
@@ -63,7 +63,7 @@ def export(
     batch_size = renamed(batch, "--batch", "--batch-size", batch_size)
     if onnx == safetensors:
         raise UsageError("one format is needed", "add --onnx or --safetensors")
-    if safetensors and (opset != 20 or fp16 or batch_size or raw_input):
+    if safetensors and (opset != 23 or fp16 or batch_size or raw_input):
         raise UsageError("--opset, --precision, --batch-size and --raw-input are for --onnx", "remove them")
     suffix = ".onnx" if onnx else ".safetensors"
     if random_weights:

@@ -30,7 +30,7 @@ def test_every_kind_of_contender_is_measured(files, tiny_preset):
     heard = []
     specs = [*map(str, files), f"plain:{files[0]}", "timm:test_vit,img_size=32", f"host:{files[1]}"]
     done = bench(specs, batch_size=2, device="cpu", rounds=2, threads=1, on_round=heard.append)
-    assert heard == [0, 1, 2] and done.threads == 1 and done.dtype == "float32"
+    assert heard == [0, 1, 2] and done.threads == 1 and list(done.matrix_rates) == ["fp32"]
     ours, graph, released, *_ = done.results
     total = count(tiny_preset.model)
     assert (ours.params, ours.macs, graph.macs, released.macs) == (total.params, *[total.macs_run] * 2, total.macs)
@@ -39,7 +39,7 @@ def test_every_kind_of_contender_is_measured(files, tiny_preset):
     for result in done.results:
         assert result.ratio == pytest.approx(result.images_per_second / ours.images_per_second)
         assert result.macs_per_second == pytest.approx(result.images_per_second * result.macs)
-        assert result.share == pytest.approx(result.macs_per_second / done.matrix_rate)
+        assert result.share == pytest.approx(result.macs_per_second / done.matrix_rates["fp32"])
         assert 0 < result.latency_p50 <= result.latency_p90
 
 
@@ -104,6 +104,13 @@ def test_fused_attention_is_counted():
     assert count_macs(Net(), (8, 2, 2)) == 2 * 4 * 4 * 8
 
 
+def test_each_contender_has_its_own_precision(files):
+    done = bench([str(files[1]), str(files[0])], batch_size=1, device="cpu", precision="bf16", rounds=1, threads=1)
+    assert [result.precision for result in done.results] == ["fp32", "bf16"]
+    for result in done.results:
+        assert result.share == pytest.approx(result.macs_per_second / done.matrix_rates[result.precision])
+
+
 @pytest.mark.parametrize(
     ("spec", "options", "words"),
     [
@@ -114,8 +121,7 @@ def test_fused_attention_is_counted():
         ("digits-nano,model.image_size=8,model.image_size=16", {}, "twice"),
         ("a.pt,model.image_size=8", {}, "its own settings"),
         ("cifar-tny", {}, "cifar-tiny"),
-        ("a.onnx", {"mode": "training"}, "can only be run"),
-        ("a.onnx", {"own_precision": False}, "own precision"),
+        ("a.onnx", {"mode": "training"}, "cannot be trained"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(spec, options, words):
@@ -137,7 +143,7 @@ def test_the_command(lsag, tmp_path):
 def test_old_names_of_options_work_with_a_note(lsag):
     done = lsag("bench", "digits-nano", "--rounds", "1", "--device", "cpu", "--batch", "3", "--dtype", "bf16", "--json")
     found = json.loads(done.stdout)
-    assert found["batch_size"] == 3 and found["groups"][0]["dtype"] == "bfloat16"
+    assert found["batch_size"] == 3 and found["groups"][0]["results"][0]["precision"] == "bf16"
     assert "--batch is now --batch-size" in done.stderr and "--dtype is now --precision" in done.stderr
 
 

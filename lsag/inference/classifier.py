@@ -51,12 +51,13 @@ class Classifier(nn.Module):
 def open_model(
     path: str | Path, *, device: str = "auto", provider: str | None = None, precision: Precision = "auto"
 ) -> Classifier | Session:
-    """A checkpoint on `device` in `precision`, or an .onnx graph on an execution `provider` (None: "auto").
+    """A checkpoint on `device` in `precision`, or an .onnx graph on `device` or an execution `provider`.
 
     Both take uint8 images, give logits, and have `preset`, `classes`, `transform` and `device_name`. Raises the errors
     of `check_model`, `load_checkpoint`, `choose_device` and `Session`.
     """
     check_model(path, device=device, provider=provider, precision=precision)
     if Path(path).suffix == ".onnx":
-        return Session(path, provider=provider or "auto")
+        kind, _, index = device.partition(":")
+        return Session(path, provider=provider or kind, device_id=int(index or 0))
     return Classifier(load_checkpoint(path), device=choose_device(device), precision=precision)

@@ -67,7 +67,7 @@ def export_onnx(
     checkpoint: Checkpoint,
     path: str | Path,
     *,
-    opset: Opset = 20,
+    opset: Opset = 23,
     half: bool = False,
     batch: int | None = None,
     raw_input: bool = False,

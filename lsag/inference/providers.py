@@ -42,8 +42,12 @@ def check_model(
     graph = path.suffix == ".onnx"
     if not graph and provider is not None:
         raise UsageError(f"--provider is for .onnx graphs; {path} runs in PyTorch", "use --device")
-    if graph and device != "auto":
-        raise UsageError(f"--device {device} is for checkpoints; {path} runs in onnxruntime", "use --provider")
+    if graph and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device} is not for .onnx graphs", "use auto, cpu, cuda or cuda:N")
+    if graph and provider is not None and device != "auto":
+        on_gpu = provider in ("cuda", "tensorrt")
+        if provider == "auto" or on_gpu != device.startswith("cuda"):
+            raise UsageError(f"--device {device} contradicts --provider {provider}", "give one of them")
     if graph and precision != "auto":
         raise UsageError(
             f"--precision is for checkpoints; {path} has the precision it was exported with",
@@ -52,6 +56,8 @@ def check_model(
     read_bytes(path, what="graph" if graph else "checkpoint", size=0)
     if provider in ("cuda", "tensorrt"):
         check_driver(provider)
+    elif graph and device.startswith("cuda"):
+        check_driver("cuda")
 
 
 def check_driver(provider: str) -> None:

@@ -31,20 +31,12 @@ FORMAT = 2
 OPERATORS = frozenset({
     "Add", "Attention", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "Conv", "Div",
     "Expand", "Gather", "GatherND", "Gelu", "Gemm", "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity",
-    "LayerNormalization", "MatMul", "Max", "MaxPool", "Mul", "Pad", "Range", "ReduceL2", "ReduceMean", "Relu", "Reshape",
-    "Resize", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze",
+    "LayerNormalization", "MatMul", "Max", "MaxPool", "Mul", "Pad", "Range", "ReduceL2", "ReduceMean", "Relu",
+    "Reshape", "Resize", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose",
+    "Unsqueeze",
 })
 # fmt: on
 """The operators of exported graphs, ours and timm's; a graph with any other was not written by lsag export."""
-
-
-# fmt: off
-WORK = frozenset({
-    "Attention", "AveragePool", "BatchNormalization", "Conv", "Gelu", "Gemm", "GlobalAveragePool", "LayerNormalization",
-    "MatMul", "MaxPool", "Relu", "Resize", "Softmax",
-})
-# fmt: on
-"""Operators that take time; the others arrange data and shapes."""
 
 
 class GraphInput(Frozen, extra="ignore"):
@@ -66,15 +58,17 @@ class Metadata(Description, extra="ignore"):
     """What an exported graph says about itself."""
 
     input: GraphInput
+    precision: Literal["fp32", "fp16"]
 
 
 class Session:
     """An exported model, used like a `Classifier`.
 
     Calls take uint8 images (B, C, image_size, image_size) and give float32 logits (B, num_classes). `transform` makes
-    such an image from a PIL image of any size. `preset`, `classes` and `input` are the file's metadata. `provider` is
-    "cpu", "cuda" or "tensorrt", and `fallback_reason` says why "auto" chose the CPU; otherwise it is empty. A graph
-    with a fixed batch size takes any number of images too: it runs several times, and the last batch is padded.
+    such an image from a PIL image of any size. `preset`, `classes`, `input` and `precision` ("fp32" or "fp16") are the
+    file's metadata. `provider` is "cpu", "cuda" or "tensorrt", and `fallback_reason` says why "auto" chose the CPU;
+    otherwise it is empty. A graph with a fixed batch size takes any number of images too: it runs several times, and
+    the last batch is padded. On CUDA, fp32 is full precision as in torch, not TF32.
     """
 
     preset: Preset
@@ -83,10 +77,13 @@ class Session:
     provider: str
     fallback_reason: str = ""
 
-    def __init__(self, path: str | Path | bytes, *, provider: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path | bytes, *, provider: str = "cpu", device_id: int = 0, threads: int | None = None
+    ) -> None:
         """Open a file, or its contents, on `provider`: "cpu", "cuda", "tensorrt", or "auto".
 
-        "auto" is CUDA if it loads, else the CPU. `threads` is the number of CPU threads, by default one per core.
+        "auto" is CUDA if it loads, else the CPU. `device_id` is the number of the GPU, `threads` of CPU threads, by
+        default one per core.
         InputError for anything but a complete export of lsag; UnavailableError if the provider does not load. A named
         provider is never replaced by another, except that onnxruntime computes shapes on the CPU.
         """
@@ -97,7 +94,7 @@ class Session:
         self._data = path if isinstance(path, bytes) else read_bytes(Path(path), what="graph")
         path = "the graph" if isinstance(path, bytes) else path
         self._check(path)
-        self._threads = threads or 0
+        self._threads, self.device_id = threads or 0, device_id
         if provider != "auto":
             self._open(path, provider)
         elif reason := self._try_cuda(path):
@@ -110,7 +107,8 @@ class Session:
 
     @property
     def device_name(self) -> str:
-        return f"onnxruntime {PROVIDERS[self.provider]}"
+        number = f", GPU {self.device_id}" if self.device_id else ""
+        return f"onnxruntime {PROVIDERS[self.provider]}{number}"
 
     def _try_cuda(self, path: str | Path) -> str:
         """Start on CUDA; the reason why that failed, in one line, empty if it did not."""
@@ -140,7 +138,10 @@ class Session:
             onnxruntime.set_default_logger_severity(4)  # failures are raised
         try:
             # Run the bytes that were checked; the file may have changed since.
-            listed = [wanted, PROVIDERS["cuda"]] if provider == "tensorrt" else [wanted]
+            gpu = {"device_id": str(self.device_id)}
+            listed: list[Any] = [wanted] if provider == "cpu" else [(PROVIDERS["cuda"], {**gpu, "use_tf32": "0"})]
+            if provider == "tensorrt":
+                listed.insert(0, (wanted, gpu))
             self.session = onnxruntime.InferenceSession(self._data, options, providers=listed, enable_fallback=0)
         except Exception as error:  # onnxruntime raises its own types, which it does not export
             reason = first_line(error)
@@ -155,8 +156,12 @@ class Session:
             missing = missing_library(provider)
             why = f"{missing} is missing; {describe_installation()}" if missing else describe_installation()
             raise UnavailableError(f"onnxruntime did not load {wanted}: {why}", how_to_fix(provider))
-        # onnxruntime computes shapes on the CPU by design; the work itself must be on the requested provider.
-        elsewhere = [node.op_type for node in self._nodes(PROVIDERS["cpu"]) if node.op_type in WORK]
+        # onnxruntime computes shapes, which are integers, on the CPU by design; all else must be on the provider.
+        elsewhere = [
+            node.op_type
+            for node in self._nodes(PROVIDERS["cpu"])
+            if not self._integers.get(node.name, node.op_type == "Gather")  # its optimizer takes sizes out of shapes
+        ]
         if provider != "cpu" and elsewhere:
             raise UnavailableError(
                 f"onnxruntime left {len(elsewhere)} nodes such as {elsewhere[0]} to the CPU instead of {wanted}",
@@ -197,7 +202,12 @@ class Session:
         except UsageError as error:
             what = f"{path} does not contain what its format promises: {error.what}"
             raise InputError(what, "export it again") from error
-        self.preset, self.classes = metadata.preset, metadata.classes
+        types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+        self._integers = {
+            node.name: all(types.get(name) == onnx.TensorProto.INT64 for name in node.output)
+            for node in model.graph.node
+        }
+        self.preset, self.classes, self.precision = metadata.preset, metadata.classes, metadata.precision
         self.input, self.batch = metadata.input.model_dump(), metadata.input.batch
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -231,8 +241,10 @@ class Session:
             )
         place = "cpu" if self.provider == "cpu" else "cuda"
         binding = self.session.io_binding()
-        binding.bind_ortvalue_input("images", OrtValue.ortvalue_from_numpy(self.feed(images).numpy(), place, 0))
-        binding.bind_output("logits", place, 0)
+        binding.bind_ortvalue_input(
+            "images", OrtValue.ortvalue_from_numpy(self.feed(images).numpy(), place, self.device_id)
+        )
+        binding.bind_output("logits", place, self.device_id)
         return lambda: self.session.run_with_iobinding(binding)
 
     def nodes_by_provider(self) -> dict[str, int]:

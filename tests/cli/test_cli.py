@@ -73,7 +73,7 @@ def test_eval_export_and_eval_of_the_export_agree(trained, lsag):
         assert image.width > 500
     exported = lsag("export", "--onnx", cwd=folder)  # the newest run's best
     assert (
-        exported.returncode == 0 and "runs/first/best.onnx: digits-nano, uint8 images, opset 20" in exported.stdout
+        exported.returncode == 0 and "runs/first/best.onnx: digits-nano, uint8 images, opset 23" in exported.stdout
     ), exported.stderr
     second = lsag("eval", folder / "runs/first/best.onnx", "--json", "--predictions", "b.csv", cwd=folder)
     result = json.loads(second.stdout)

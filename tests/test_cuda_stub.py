@@ -1,0 +1,91 @@
+"""What can be seen of CUDA without a GPU: stub libraries report one, and compute nothing. `pytest -m cuda_stub`."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from lsag import load_preset
+from lsag.checkpoint import random_checkpoint, save_checkpoint
+from lsag.inference.export import export_onnx
+from lsag.inference.providers import OPSETS
+from tests.conftest import ROOT, shared
+
+pytestmark = pytest.mark.cuda_stub
+STAGES = [{"embed_dim": 32, "depth": 2, "num_heads": 2}, {"embed_dim": 48, "depth": 1, "num_heads": 6}]
+NARROW = {"in1k-small": STAGES, "cifar-tiny": [{**stage, "num_kv_heads": 1} for stage in STAGES]}
+OPEN = """
+import json, sys, torch
+from lsag.inference.session import Session
+for path in sys.argv[1:]:
+    session = Session(path, provider="cuda")
+    size, channels = session.preset.model.image_size, session.preset.model.in_channels
+    session(torch.zeros(3, channels, size, size, dtype=torch.uint8))
+    options = session.session.get_provider_options()["CUDAExecutionProvider"]
+    print(json.dumps([session.nodes_by_provider(), options["use_tf32"]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_stubs(tmp_path_factory):
+    """Runs Python where torch and onnxruntime find an "H100"; its standard output."""
+    folder = tmp_path_factory.mktemp("stubs")
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    built = subprocess.run(
+        [sys.executable, shared("tools/cuda-stub/build.py"), folder], capture_output=True, text=True, cwd=ROOT
+    )
+    if "StopIteration" in built.stderr:
+        pytest.skip("the headers of CUDA are not installed")
+    assert built.returncode == 0, built.stderr
+    shown = subprocess.run(
+        ["bash", "-c", f"source {folder}/env.sh && env -0"], capture_output=True, text=True, check=True, env={}
+    )
+    stubs = dict(entry.split("=", 1) for entry in shown.stdout.split("\0") if entry)
+
+    def run(*arguments, environment=()):
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **stubs, **dict(environment)},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["digits-nano", *NARROW])
+def test_every_node_is_placed(on_stubs, tmp_path, name, monkeypatch):
+    monkeypatch.setattr("lsag.inference.export.CHECKED_BATCHES", (1,))
+    checkpoint = random_checkpoint(load_preset(name, {"model.stages": NARROW[name]} if name in NARROW else {}))
+    kinds = [(opset, half) for opset in OPSETS for half in (False, True)]
+    files = [tmp_path / f"{opset}-{half}.onnx" for opset, half in kinds]
+    for file, (opset, half) in zip(files, kinds, strict=True):
+        export_onnx(checkpoint, file, opset=opset, half=half)
+    for (opset, _), line in zip(kinds, on_stubs("-c", OPEN, *files).splitlines(), strict=True):
+        nodes, tf32 = json.loads(line)
+        assert nodes["CUDAExecutionProvider"] > 50 and tf32 == "0"
+        if opset == 23:
+            assert list(nodes) == ["CUDAExecutionProvider"]
+
+
+def test_another_gpu_is_chosen_by_its_number(on_stubs, tmp_path):
+    checkpoint = random_checkpoint(load_preset("digits-nano"))
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    export_onnx(checkpoint, tmp_path / "a.onnx")
+    two = {"FAKECUDA_DEVICES": "2"}
+    opened = (
+        "import sys; from lsag.inference.classifier import open_model\n"
+        "print(open_model(sys.argv[1], device='cuda:1').device_name)"
+    )
+    assert on_stubs("-c", opened, tmp_path / "a.pt", environment=two) == "cuda:1\n"
+    assert on_stubs("-c", opened, tmp_path / "a.onnx", environment=two).endswith("CUDAExecutionProvider, GPU 1\n")
+    command = ("-m", "lsag_cli", "bench", "digits-nano", tmp_path / "a.onnx", "--device", "cuda:1", "--rounds", "1")
+    found = json.loads(on_stubs(*command, "--json", environment=two))["groups"][0]
+    assert found["device"] == "cuda:1" and [one["precision"] for one in found["results"]] == ["bf16", "fp32"]
