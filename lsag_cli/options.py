@@ -54,7 +54,7 @@ Dataset = Annotated[
     ),
 ]
 DataDir = Annotated[Path | None, typer.Option(help="Data folder.", show_default="$LSAG_DATA, or ./data")]
-Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+Device = Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.")]
 Provider = Annotated[
     providers.Provider | None,
     typer.Option(

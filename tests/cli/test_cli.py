@@ -260,7 +260,7 @@ REFUSED = {
         ["cannot read checkpoint"],
     ),
     "unknown provider": (["eval", "absent.onnx", "--provider", "tpu"], 2, ["--provider", "tpu"]),
-    "device of a graph": (["eval", "absent.onnx", "--device", "cpu"], 2, ["use --provider"]),
+    "device of a graph": (["eval", "absent.onnx", "--device", "mps"], 2, ["cuda:N"]),
 }
 
 

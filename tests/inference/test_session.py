@@ -131,11 +131,17 @@ def test_the_commands_say_why_on_stderr(lsag, graph, checkpoint, folder, tmp_pat
 def test_the_command_fails_at_once_and_names_the_fix(lsag, graph, folder):
     start = time.monotonic()
     done = lsag("predict", graph, folder, "--provider", "cuda")
-    assert_refused(done, 4, "NVIDIA driver", "install the NVIDIA driver, or use --provider cpu")
+    assert_refused(done, 4, "NVIDIA driver", "use --provider cpu")
     assert time.monotonic() - start < 10  # three seconds where nothing else runs
     assert_refused(lsag("eval", graph, "--provider", "cuda"), 4, "NVIDIA driver")
     assert_refused(lsag("eval", "a.pt", "--provider", "cuda"), 2, "--provider is for .onnx graphs")
-    assert_refused(lsag("eval", graph, "--device", "cpu"), 2, "use --provider")
+    assert_refused(lsag("eval", graph, "--device", "cuda:1"), 4, "NVIDIA driver")
+    assert_refused(lsag("eval", graph, "--device", "mps"), 2, "use auto, cpu, cuda or cuda:N")
+    for device, provider in (("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "auto")):
+        done = lsag("eval", graph, "--device", device, "--provider", provider)
+        assert_refused(done, 2, f"--device {device} contradicts --provider {provider}")
+    done = lsag("predict", graph, folder, "--device", "cpu")
+    assert done.returncode == 0 and "CPUExecutionProvider" in done.stdout and done.stderr == "", done.stderr
 
 
 @NO_CUDA
