@@ -173,7 +173,8 @@ def test_one_process_trains_a_folder_once_at_a_time(tmp_path, tiny_preset):
 
 def test_a_deterministic_training_leaves_torch_as_it_was(tmp_path, tiny_preset):
     def settings():
-        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+        filled = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, filled
 
     torch.backends.cudnn.benchmark = True
     training = train(
