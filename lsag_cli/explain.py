@@ -47,7 +47,7 @@ def explain(
     read_bytes(image, what="image", size=0)
     with loading():
         from lsag.checkpoint import load_checkpoint
-        from lsag.data.sources import open_image
+        from lsag.data.images import open_image
         from lsag.inference.classifier import Classifier
         from lsag.inference.explain import explain as run
         from lsag.plots import draw_explanation

@@ -1,7 +1,6 @@
 """lsag predict"""
 
 import csv
-import fnmatch
 import glob
 import io
 import sys
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lsag.data.folders import because, image_files, is_folder, listed, matching
 from lsag.errors import InputError, UsageError
 from lsag.files import replacing
 from lsag_cli.display import counted
@@ -59,7 +59,6 @@ def predict(
         paths = list(find_images(images, unused))
         from rich.progress import MofNCompleteColumn, Progress
 
-        from lsag.data.sources import listed
         from lsag.inference.classifier import open_model
         from lsag.inference.predict import predict as run
         from lsag.inference.session import Session
@@ -105,8 +104,6 @@ def find_images(given: Sequence[str], unused: Counter[str]) -> Iterator[Path]:
 
     What is passed over is counted in `unused`.
     """
-    from lsag.data.sources import because, image_files, is_folder
-
     names: Iterator[str]
     for name in given:
         if is_folder(Path(name)):
@@ -120,37 +117,6 @@ def find_images(given: Sequence[str], unused: Counter[str]) -> Iterator[Path]:
             raise InputError(f"there are no images in {name}{because(unused)}", "give image files, folders or patterns")
         yield Path(first)
         yield from map(Path, names)
-
-
-def matching(pattern: str, unused: Counter[str]) -> Iterator[str]:
-    """The files that match a pattern; with `**` links to folders are not followed, which may form circles.
-
-    glob would follow them, and pass over folders that cannot be read.
-    """
-    from lsag.data.sources import walk
-
-    parts = Path(pattern).parts
-    fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
-    root, wanted = Path(*parts[:fixed]), parts[fixed:]
-    deep = "**" in wanted
-    level = wanted.index("**") if deep else len(wanted) - 1
-    for path, folders, files in walk(root, unused, follow=not deep):
-        above = Path(path).relative_to(root).parts
-        if len(above) < level:
-            folders[:] = fnmatch.filter(folders, wanted[len(above)])
-        elif not deep:
-            unused["folders"] += len(fnmatch.filter(folders, wanted[-1]))
-            folders.clear()
-        yield from (str(Path(path, name)) for name in files if fits((*above, name), wanted))
-
-
-def fits(names: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
-    """Whether the parts of a path match those of a pattern."""
-    if not names or not wanted:
-        return not names and set(wanted) <= {"**"}
-    if wanted[0] == "**":
-        return fits(names, wanted[1:]) or fits(names[1:], wanted)
-    return fnmatch.fnmatchcase(names[0], wanted[0]) and fits(names[1:], wanted[1:])
 
 
 def show(found: "Sequence[Prediction]") -> None:

@@ -5,6 +5,7 @@ environment, signals, streams and exit code. Only what Python and its libraries 
 """
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -51,15 +52,24 @@ def serve() -> None:
     signal.signal(signal.SIGCHLD, _reap)
     for line in sys.stdin:
         if os.fork() == 0:
+            _end_with_parent()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             job = json.loads(line)
             command = os.fork()
             if command == 0:
+                _end_with_parent()
                 _become(job)
             with Path(job["reply"]).open("w") as reply:
                 print(command, file=reply, flush=True)
                 print(os.waitstatus_to_exitcode(os.waitpid(command, 0)[1]), file=reply, flush=True)
             os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """On Linux, leave nothing behind where the tests themselves are killed."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _reap(*_: object) -> None:

@@ -1,43 +1,30 @@
 """Datasets: decoded images with their labels, from memory, from folders, from CIFAR's files."""
 
 import copy
-import errno
 import hashlib
 import itertools
 import os
-import stat
 import unicodedata
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
-from typing import BinaryIO, NoReturn, Protocol
+from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image
 from torchvision import datasets
 
 from lsag.config import DATASETS, check_dataset
-from lsag.data.transforms import upright
+from lsag.data.folders import because, image_files, is_folder, listed, walk
+from lsag.data.images import REPAIR, open_image
 from lsag.errors import InputError, UnavailableError, UsageError, first_line
 from lsag.machine import available_cores
 
-MAX_PIXELS, MAX_JPEG_PIXELS = 50_000_000, 200_000_000
-"""Of a decoded image, and of a JPEG file, which is decoded at half its size if it has more than MAX_PIXELS."""
-MAX_ASPECT = 200
-TOO_LARGE = f"more than {MAX_PIXELS:,} pixels (JPEG: {MAX_JPEG_PIXELS:,}), or over {MAX_ASPECT} times as long as wide"
-REPAIR = "repair or remove the file"
 PACK_BYTES = 2**29
 """Every rank holds a split in memory if its decoded images take no more than this, or twice this while packing."""
 EVAL_FOLDERS = {"imagenet": ("val",), "folder": ("val", "test")}
-NEVER_DATA = ("@eaDir", "__MACOSX")
-"""Folders that programs leave behind, often with copies of images."""
-NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-"""Formats that Pillow recognises, but cannot decode without other programs."""
 
 
 class Source(Protocol):
@@ -180,119 +167,6 @@ class _PackedSource:
     def load(self, index: int) -> tuple[Image.Image, int]:
         pixels = self.pixels[self.starts[index] : self.starts[index + 1]].reshape(self.shapes[index])
         return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels), self.labels[index]
-
-
-def image_files(folder: str | Path, unused: Counter[str]) -> Iterator[str]:
-    """The files in a folder and below that Pillow can decode, in alphabetical order of each folder.
-
-    What is passed over is counted in `unused`, by the reason. InputError for a folder that cannot be read.
-    """
-    for path, folders, files in walk(folder, unused):
-        # Links to folders are not followed: they may form a circle, or count images twice.
-        unused["linked folders"] += sum(Path(path, name).is_symlink() for name in folders)
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  Path takes several times as long
-            if suffix in decodable():
-                yield os.path.join(path, name)  # noqa: PTH118
-            else:
-                unused[f"{suffix or 'without an extension'} (not decodable here)"] += 1
-
-
-def walk(
-    folder: str | Path, unused: Counter[str], *, follow: bool = False
-) -> Iterator[tuple[str, list[str], list[str]]]:
-    """os.walk in alphabetical order, without hidden names, which are never data; `follow` asks to follow links.
-
-    InputError for a folder that cannot be read.
-    """
-    for path, folders, files in os.walk(folder, onerror=_refuse, followlinks=follow):
-        for names in (folders, files):
-            shown = sorted(name for name in names if not name.startswith(".") and name not in NEVER_DATA)
-            unused["hidden"] += len(names) - len(shown)
-            names[:] = shown
-        yield path, folders, files
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise InputError(f"cannot read {error.filename}: {first_line(error)}", "make it readable, or remove it") from error
-
-
-def is_folder(path: Path) -> bool:
-    """Whether there is a folder. InputError if that cannot be told."""
-    try:
-        return stat.S_ISDIR(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        _refuse(error)
-
-
-@cache
-def decodable() -> frozenset[str]:
-    """Extensions of the files that Pillow, as it is installed here, can decode."""
-    formats = Image.registered_extensions().items()
-    decoded = {*Image.OPEN, "MPO"} - NOT_DECODED  # MPO files are opened as JPEG
-    return frozenset(suffix for suffix, name in formats if name in decoded)
-
-
-def listed(unused: Counter[str]) -> str:
-    """What is not used, by the reason: "10 .heic (not decodable here), 2 linked folders"."""
-    reasons = [(reason, count) for reason, count in unused.most_common() if count]
-    if others := sum(count for _, count in reasons[8:]):
-        reasons[8:] = [("others", others)]
-    return ", ".join(f"{count:,} {reason if count > 1 else reason.removesuffix('s')}" for reason, count in reasons)
-
-
-def because(unused: Counter[str]) -> str:
-    """The same in brackets, for an error; nothing if nothing was passed over."""
-    return f" (not used: {listed(unused)})" if unused.total() else ""
-
-
-def open_image(path: Path, mode: str, *, fix: str = REPAIR) -> Image.Image:
-    """Decode an image file upright into `mode` ("L" or "RGB"); 16-bit greys are scaled, not clipped.
-
-    InputError for anything that is not a regular file, not an image, damaged, or too large. JPEG files of more than
-    MAX_PIXELS are decoded at half their size.
-    """
-    try:
-        if not path.is_file():
-            raise OSError("not a regular file" if path.exists() else "no such file")
-        # By its path Pillow would map the file, and mistake width and height of an uncompressed TIFF on its side.
-        with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # as for an image inside a small icon
-            image = _opened(file)
-            _check_size(image)
-            if image.width * image.height > MAX_PIXELS:
-                image.draft(None, (image.width // 2, image.height // 2))
-            image.load()
-            _check_size(image)  # again, for an image inside an icon
-            return upright(image, mode=mode)
-    except Exception as error:  # decoders raise anything on damaged files
-        if getattr(error, "errno", None) == errno.EMFILE:
-            raise  # the image is not to blame
-        reason = first_line(error)
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not an image"
-        if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-            reason = TOO_LARGE
-        raise InputError(f"cannot read image {path}: {reason}", fix) from error
-
-
-def _opened(file: BinaryIO) -> ImageFile.ImageFile:
-    """Image.open, which would refuse the largest JPEG files before they can be scaled down."""
-    is_jpeg = file.read(3) == b"\xff\xd8\xff"
-    file.seek(0)
-    try:
-        return JpegImageFile(file) if is_jpeg else Image.open(file)
-    except SyntaxError as error:
-        raise UnidentifiedImageError from error
-
-
-def _check_size(image: ImageFile.ImageFile) -> None:
-    limit = MAX_JPEG_PIXELS if isinstance(image, JpegImageFile) else MAX_PIXELS
-    shorter, longer = sorted(image.size)
-    if shorter * longer > limit or longer > MAX_ASPECT * shorter:
-        raise OSError(f"{image.width} x {image.height} is {TOO_LARGE}")
 
 
 def open_split(

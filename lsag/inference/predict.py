@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lsag.data.sources import open_image
+from lsag.data.images import open_image
 from lsag.errors import InputError
 from lsag.inference.classifier import Classifier
 from lsag.inference.session import Session

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 import lsag.inference.evaluate as module
 from lsag.inference.evaluate import Metrics, evaluate
@@ -17,7 +18,8 @@ def test_metrics_are_those_of_the_definition():
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(23, 7, generator=generator), torch.randint(0, 6, (23,), generator=generator)
     images = torch.arange(23).view(23, 1, 1, 1)
-    loader = [(images[start : start + 5], labels[start : start + 5]) for start in range(0, 23, 5)]
+    parts = [(images[start : start + 5], labels[start : start + 5]) for start in range(0, 23, 5)]
+    loader = DataLoader(parts, batch_size=None)
     seen = []
     metrics = evaluate(lambda batch: logits[batch.flatten()], loader, **SIZES, on_batch=seen.append)
     assert metrics.count == 23 and seen == [5, 5, 5, 5, 3]
@@ -34,7 +36,7 @@ def test_metrics_are_those_of_the_definition():
 
 
 def test_top5_of_three_classes_is_everything():
-    loader = [(torch.zeros(3, 1), torch.tensor([2, 0, 1]))]
+    loader = DataLoader([(torch.zeros(3, 1), torch.tensor([2, 0, 1]))], batch_size=None)
     metrics = evaluate(lambda batch: torch.eye(3), loader, count=3, batch_size=3, num_classes=3)
     assert (metrics.top1, metrics.top5) == (0.0, 1.0)
 

@@ -181,9 +181,9 @@ def test_a_deterministic_training_leaves_torch_as_it_was(tmp_path, tiny_preset):
         tiny_preset, TrainOptions(data_dir=tmp_path, out=tmp_path / "run", device="cpu", deterministic=True)
     )
     next(training)
-    assert settings() == (True, False)
+    assert settings() == (True, False, False)
     training.close()
-    assert settings() == (False, True)
+    assert settings() == (False, True, True)
     torch.backends.cudnn.benchmark = False
 
 
