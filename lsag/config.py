@@ -215,7 +215,7 @@ class DataConfig(Frozen):
     @model_validator(mode="after")
     def _splits_a_folder(self) -> Self:
         if self.val_split and self.dataset != "folder":
-            raise ValueError(f"val_split is for a folder of images, {self.dataset} has its own split; --dataset folder")
+            raise ValueError(f"val_split is for folders of images, not {self.dataset}; add --dataset folder")
         return self
 
 
@@ -434,7 +434,9 @@ def validated(kind: type[Kind], values: Any, *, origin: str) -> Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"{origin}: {in_one_line(error)}", "change it with --set KEY=VALUE or in the file") from error
+        unknown = all(problem["type"] == "extra_forbidden" for problem in error.errors())
+        fix = "lsag train --dry-run lists the keys" if unknown else "change it with --set KEY=VALUE or in the file"
+        raise UsageError(f"{origin}: {in_one_line(error)}", fix) from error
 
 
 def in_one_line(error: ValidationError) -> str:
@@ -462,7 +464,8 @@ def _explain(problem: Any) -> str:
 def _suggestion(where: str, loc: tuple[Any, ...]) -> str:
     """What may have been meant by the unknown key `where`: a key of the same section, or of another."""
     last = str(loc[-1])
-    if near := did_you_mean(last, _fields_at(loc[:-1])):
+    section = where.removesuffix(last)
+    if near := did_you_mean(where, [f"{section}{name}" for name in _fields_at(loc[:-1])]):
         return near
     elsewhere = [f"{section}.{last}" for section, model in _SECTIONS.items() if last in model.model_fields]
     if not elsewhere:

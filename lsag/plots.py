@@ -195,6 +195,7 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
     top = max([4.0, *(float(attention.max()) for attention in multiples if attention is not None)])
     for index, attention in enumerate(multiples):
         if attention is None:
+            panels[1, index].set_title(f"stage {index + 1}:\nno global block", fontsize=9)
             continue
         side = len(attention)
         axes = show(panels[1, index], f"stage {index + 1}: attention of \u25a1,\n{side} x {side} tokens", faint=True)
@@ -213,6 +214,8 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
     axes.invert_yaxis()
     axes.set(aspect="equal", xlabel="right (pixels)", ylabel="down (pixels)")
     axes.set_title("colour of each shift", fontsize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     axes.margins(0.2)
     classes = ", ".join(f"{name} {100 * share:.1f} %" for name, share in explanation.classes)
     figure.suptitle(_plain(f"{title}\n{classes}"), fontsize=11)
@@ -230,7 +233,8 @@ def _shift_color(shift: tuple[int, int], shifts: Sequence[tuple[int, int]]) -> l
         return [0.94, 0.89, 0.26]
     strength = 0.3 + 0.7 * math.hypot(*shift) / max(math.hypot(*other) for other in shifts)
     turn = (math.atan2(shift[1], shift[0]) / (2 * math.pi)) % 1
-    return [0.75 * (1 - strength) + strength * part for part in colormaps["twilight_shifted"](turn)[:3]]
+    # Darker than the map's own colours, the lightest of which look like the white of a faded choice.
+    return [0.75 * (1 - strength) + strength * 0.8 * part for part in colormaps["twilight_shifted"](turn)[:3]]
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> Any:

@@ -73,6 +73,8 @@ def for_fine_tuning(
         while 2 * batch * FINE_TUNING_STEPS <= num_images:
             batch *= 2
     changes: dict[str, Any] = {"batch_size": batch}
+    if "train.epochs" not in given:
+        notes.append(f"epochs: {preset.train.epochs}, as the checkpoint was trained; change it with --epochs")
     if batch != before:
         notes.append(f"batches of {batch} instead of {before}, because there are {num_images:,} images")
     if "train.lr" not in given:
@@ -200,10 +202,10 @@ def _set_timm(values: dict[str, Any], spec: str) -> None:
 
 
 def _fit_warmup(train: dict[str, Any], notes: list[str]) -> None:
-    """Shorten a warm-up that takes longer than the training to a fifth of it."""
+    """Shorten a warm-up that takes the whole training to a fifth of it."""
     epochs = train["epochs"]
     warmup = train.get("warmup_epochs", TrainConfig.model_fields["warmup_epochs"].default)
-    if isinstance(epochs, int) and isinstance(warmup, int | float) and 0 < epochs < warmup:
+    if isinstance(epochs, int) and isinstance(warmup, int | float) and 0 < epochs <= warmup:
         train["warmup_epochs"] = epochs / 5
         notes.append(f"the warm-up takes {epochs / 5:g} instead of {warmup:g} epochs")
 

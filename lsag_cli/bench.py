@@ -51,9 +51,9 @@ def bench(
     contenders: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Presets, checkpoints, .onnx files (host:FILE counts copies), timm:NAME, plain:PRESET (the released "
-            "formulation), compiled:PRESET; presets and timm's names may have settings, as NAME,KEY=VALUE. Ratios are "
-            "to the first.",
+            help="Presets, checkpoints, .onnx files (host:FILE includes copies to and from the device), timm:NAME, "
+            "plain:PRESET (the released formulation), compiled:PRESET; presets and timm models accept settings, as "
+            "NAME,KEY=VALUE. Ratios are relative to the first.",
             show_default=" ".join(DEFAULT),
         ),
     ] = None,
@@ -73,7 +73,7 @@ def bench(
     compile: Annotated[bool, typer.Option("--compile", help="Compile the models with torch.compile.")] = False,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=4_096, help="CPU threads for each contender.", show_default="by the machine"),
+        typer.Option(min=1, max=4_096, help="CPU threads for each contender.", show_default="depends on the machine"),
     ] = None,
     system_allocator: Annotated[
         bool,
@@ -168,7 +168,7 @@ def cells(result: "Result") -> tuple[str, ...]:
         mega(result.params),
         operations(result.macs),
         f"{result.images_per_second:,.1f}",
-        f"{100 * result.spread:.0f} %",
+        f"{100 * result.spread:.0f} %" if result.spread else "-",
         f"{result.ratio:.2f}",
         *latency,
         f"{result.peak_memory / 2**20:,.0f}" if result.peak_memory else "-",

@@ -52,7 +52,7 @@ class Display:
             "step": f"step {event.step}/{self.steps}",
             "loss": f"loss {event.loss:.3f}",
             "lr": f"lr {event.lr:.1e}",
-            "top-1": f"top-1 {self.accuracy}",
+            "top-1": f"last top-1 {self.accuracy}",
             "speed": f"{event.images_per_second:,.0f} img/s",
             "data wait": f"data wait {100 * event.data_wait:.0f} %",
             "memory": f"{event.memory / 2**30:.1f} GiB",

@@ -42,7 +42,7 @@ def doctor(
     else:
         for finding in findings:
             if finding.problem and finding.fix:
-                scope = " (matters only on a GPU)" if finding.prevents == ("gpu-inference",) else ""
+                scope = " (only for inference on a GPU)" if finding.prevents == ("gpu-inference",) else ""
                 say(f"{finding.name}: {finding.problem}{scope} — {finding.fix}")
     if error:
         raise error

@@ -16,7 +16,6 @@ from lsag_cli.options import (
     DataDir,
     Dataset,
     Device,
-    Force,
     Json,
     NoDownload,
     Precision,
@@ -58,7 +57,7 @@ def evaluate(
         typer.Option(help="PNG file of the confusion matrix.", show_default="beside CHECKPOINT, overwritten"),
     ] = None,
     predictions: Annotated[Path | None, typer.Option(help="CSV file of each image's label and prediction.")] = None,
-    force: Force = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --plot and --predictions.")] = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a model: loss, top-1, top-5, per-class accuracy, confusion matrix."""

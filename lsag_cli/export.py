@@ -42,7 +42,7 @@ def export(
     overrides: Overrides = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Export an untrained --preset.")] = False,
     opset: Annotated[
-        Opset, typer.Option(help="23 has attention as one operator; 20 is for onnxruntime before 1.23, and TensorRT.")
+        Opset, typer.Option(help="23 has attention as one operator; 20 is for onnxruntime before 1.23.")
     ] = 23,
     precision: Annotated[
         Literal["fp32", "fp16"], typer.Option(help="Precision of the graph; input and output stay the same.")

@@ -35,7 +35,8 @@ def flops(
     for item in presets:
         paper = item.paper
         if by_stage:
-            rows += [(item.name, stage.name, *cells(stage)) for stage in [*stages_of(item), count_network(item)]]
+            total = count_network(item)
+            rows += [(item.name, stage.name, *cells(stage, total.flops)) for stage in [*stages_of(item), total]]
         else:
             params = f"{paper.params_m} M" if paper and paper.params_m else "-"
             gmacs = f"{paper.gmacs} G" if paper and paper.gmacs else "-"
@@ -89,8 +90,9 @@ def stages_of(preset: Preset) -> list[Count]:
     return count_stages(preset.model) if isinstance(preset.model, ModelConfig) else []
 
 
-def cells(total: Count) -> tuple[str, ...]:
-    return f"{total.params:,}", operations(total.macs), operations(total.flops), operations(total.macs_run)
+def cells(total: Count, largest: float | None = None) -> tuple[str, ...]:
+    counts = (operations(number, largest) for number in (total.macs, total.flops, total.macs_run))
+    return f"{total.params:,}", *counts
 
 
 def training_flops(preset: Preset, total: Count) -> float | None:

@@ -48,8 +48,7 @@ Model = Annotated[
 Dataset = Annotated[
     str | None,
     typer.Option(
-        help="digits, cifar10, cifar100, imagenet or folder (train/CLASS/*.jpg and val/ or test/, or CLASS/*.jpg with "
-        "--val-split).",
+        help="digits, cifar10, cifar100, imagenet or folder (images in folders of classes; README, Folders of images).",
         show_default="the preset's",
     ),
 ]

@@ -147,9 +147,9 @@ def mega(number: float) -> str:
     return f"{number / 1e6:.2f} M"
 
 
-def operations(number: float) -> str:
-    """1234567890 -> '1.235 G', 1234567 -> '1.235 M'."""
-    return f"{number / 1e9:.3f} G" if number >= 1e7 else f"{number / 1e6:.3f} M"
+def operations(number: float, largest: float | None = None) -> str:
+    """1234567890 -> '1.235 G', 1234567 -> '1.235 M'; in the unit of the `largest` of the numbers beside it."""
+    return f"{number / 1e9:.3f} G" if (largest or number) >= 1e8 else f"{number / 1e6:.3f} M"
 
 
 def percent(share: float | None) -> str:

@@ -69,13 +69,13 @@ def predict(
     found: list[Prediction] = []
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=stderr(), transient=True, disable=not is_terminal(sys.stderr)) as bar:
-        for prediction in bar.track(run(classifier, paths, top_k=top_k, batch_size=batch_size), total=len(paths)):
+        for prediction in bar.track(
+            run(classifier, paths, top_k=top_k, batch_size=batch_size), total=len(paths), description="images"
+        ):
             found.append(prediction)
     broken = sum(bool(prediction.error) for prediction in found)
     if broken == len(found):
-        raise InputError(
-            f"none of the {broken} images could be read: {found[0].image}: {found[0].error}", "check the files"
-        )
+        raise InputError(f"no image could be read; the first: {found[0].image}: {found[0].error}", "check the files")
     if csv_file:
         write_csv(found, csv_file, columns=min(top_k, len(classifier.classes)))
     nodes = classifier.nodes_by_provider() if profile and isinstance(classifier, Session) else None

@@ -46,7 +46,7 @@ def reproduce(
     ] = "nano",
     rows: Annotated[str | None, typer.Option(metavar="A,B,...", help="Train only these rows.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs.", show_default="the preset's")] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Trainings per row, each with another seed.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Trainings per row, each with a different seed.")] = 3,
     dataset: Dataset = None,
     data_dir: DataDir = None,
     overrides: Overrides = None,
@@ -55,7 +55,8 @@ def reproduce(
     ] = None,
     device: Device = "auto",
     jobs: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Trainings at a time.", show_default="one per GPU")
+        int | None,
+        typer.Option(min=1, max=64, help="Trainings at the same time.", show_default="one per GPU"),
     ] = None,
     accum: Annotated[int, typer.Option(min=1, help="Gradient-accumulation steps.")] = 1,
     precision: Precision = "auto",
@@ -83,14 +84,14 @@ def reproduce(
     if epochs:
         changes["train.epochs"] = epochs
     runs = plan(TABLES[table], scale=scale, seeds=seeds, out=out, dataset=dataset, overrides=changes)
-    if epochs:
-        note(f"{runs[0].preset.train.warmup_epochs:g} of {epochs} epochs are the warm-up")
     if not any(run.row in selected for run in runs):
         raise UsageError(f"table {table} has no such rows at the scale {scale}", "use --scale full, or other --rows")
     todo = [run for run in runs if trained and run.row in selected and run.top1 is None]
     where = data_dir_or_default(data_dir)
     if trained:
         check_data(out, dataset or runs[0].preset.data.dataset, where, write=not dry_run)
+    if todo and epochs and (warmup := runs[0].preset.train.warmup_epochs):
+        note(f"warm-up: {warmup:g} of {epochs} epochs")
     gpus, cores = devices_here(device) if todo else ([], 1)
     num_jobs = min(jobs or max(1, len(gpus)), max(1, len(todo)))
     hours = estimate_hours(todo, device=device, data_dir=where, num_jobs=num_jobs) if todo else 0.0

@@ -57,14 +57,14 @@ def train(
         float | None,
         typer.Option(
             min=0,
-            max=1,
+            max=0.99,
             help="With --dataset folder: share of each CLASS/ to hold out for evaluation (data.val_split).",
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs.")] = None,
     patience: Annotated[
         int | None,
-        typer.Option(min=0, metavar="N", help="End after N epochs without a better top-1 (train.patience)."),
+        typer.Option(min=0, metavar="N", help="Stop after N epochs without a better top-1 (train.patience); 0: never."),
     ] = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default=f"{RUNS}/PRESET-TIME")] = None,
@@ -156,7 +156,7 @@ def train(
     accum: Annotated[int, typer.Option(min=1, help="Gradient-accumulation steps.", rich_help_panel=SPEED)] = 1,
     precision: Annotated[
         Precision,
-        typer.Option(help="auto: bf16 on a GPU, fp16 on one without bf16, fp32 elsewhere.", rich_help_panel=SPEED),
+        typer.Option(help="auto: bf16 on GPUs that have it, fp16 on others, fp32 elsewhere.", rich_help_panel=SPEED),
     ] = "auto",
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the model.", rich_help_panel=SPEED)
@@ -278,11 +278,14 @@ def preset_of(run: Path) -> str:
 
 
 def checkpoint_preset(path: Path) -> Preset:
-    """The preset of a checkpoint. The errors of load_checkpoint."""
+    """The preset of a checkpoint, without what concerned its own images alone. The errors of load_checkpoint."""
     with loading():
         from lsag.checkpoint import load_checkpoint
 
-    return load_checkpoint(path).preset
+    preset = load_checkpoint(path).preset
+    data = preset.data.model_copy(update={"val_split": 0.0})
+    train = preset.train.model_copy(update={"freeze": 0, "patience": 0})
+    return preset.model_copy(update={"data": data, "train": train})
 
 
 def follow(preset: Preset, options: TrainCommand, *, notes: list[str], main: bool) -> "Finished | None":

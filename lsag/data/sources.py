@@ -198,6 +198,8 @@ def open_split(
         return _cifar(dataset, data_dir, mode, train=train, download=download)
     names = (split,) if split else ("train",) if train else EVAL_FOLDERS[dataset]
     if dataset == "folder" and val_split and not split:
+        if not is_folder(data_dir):
+            raise InputError(f"no folder {data_dir}/, expected {data_dir}/CLASS/", "set --data-dir or $LSAG_DATA")
         splits = [name for name in ("train", "val", "test") if any(map(Path.is_dir, (data_dir / name).glob("[!.]*")))]
         if not splits:
             return FolderSource(data_dir, mode, complete=train).part(val_split, seed=seed, train=train)

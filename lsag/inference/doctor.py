@@ -74,7 +74,7 @@ def _package(name: str) -> Finding:
 
 def _torch() -> Iterator[Finding]:
     driver = driver_version()
-    problem, fix = ("none", "install it") if has_gpu() else ("this machine has no NVIDIA GPU", "")
+    problem, fix = ("none", "install it") if has_gpu() else ("this machine has no NVIDIA GPU", "use one that has")
     yield Finding("NVIDIA driver", driver or "none", *(() if driver else (problem, fix, BOTH[1:])))
     import torch
 
