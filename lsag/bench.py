@@ -140,7 +140,7 @@ def bench(
         torch.set_num_threads(threads)
     dtype = autocast_dtype(used, precision)
     contenders = [open_contender(spec, mode=mode, device=used, dtype=dtype, threads=threads) for spec in specs]
-    _set_up(contenders, compile=compile, recompute=recompute)
+    _set_up(contenders, precision=precision, compile=compile, recompute=recompute)
     batches = [Turn(make_run(contender, mode, batch_size, used)) for contender in contenders]
     singles = [
         Turn(make_run(contender, mode, 1, used), LATENCY_REPEATS)
@@ -183,8 +183,10 @@ def bench(
     return Bench(results, matrix_rates, str(used), torch.get_num_threads())
 
 
-def _set_up(contenders: Sequence[Contender], *, compile: bool, recompute: Recompute) -> None:
+def _set_up(contenders: Sequence[Contender], *, precision: str, compile: bool, recompute: Recompute) -> None:
     """Compile all models, and let lsag's own recompute."""
+    if precision != "auto" and all(contender.model is None for contender in contenders):
+        raise UsageError("a graph has the precision it was exported with", "remove --precision")
     if compile and all(contender.model is None for contender in contenders):
         raise UsageError("there is nothing to compile: .onnx graphs run in onnxruntime", "remove --compile")
     for contender in contenders:

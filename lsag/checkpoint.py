@@ -105,6 +105,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     InputError for a file that is missing, damaged, of another kind, or in another format.
     """
     path = Path(path)
+    if path.suffix == ".onnx":
+        raise InputError(f"{path} is an exported graph, not a checkpoint", "use the checkpoint it was exported from")
     contents = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if not isinstance(contents, dict) or contents.get("kind") != "lsag":
         kind = " (weights of another project? the authors' own: lsag convert)" if isinstance(contents, dict) else ""

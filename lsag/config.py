@@ -464,9 +464,8 @@ def _explain(problem: Any) -> str:
 def _suggestion(where: str, loc: tuple[Any, ...]) -> str:
     """What may have been meant by the unknown key `where`: a key of the same section, or of another."""
     last = str(loc[-1])
-    section = where.removesuffix(last)
-    if near := did_you_mean(where, [f"{section}{name}" for name in _fields_at(loc[:-1])]):
-        return near
+    if close := difflib.get_close_matches(last, _fields_at(loc[:-1]), n=1):
+        return f", did you mean '{where.removesuffix(last)}{close[0]}'?"
     elsewhere = [f"{section}.{last}" for section, model in _SECTIONS.items() if last in model.model_fields]
     if not elsewhere:
         return ""

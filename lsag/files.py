@@ -18,7 +18,7 @@ def read_bytes(path: Path, *, what: str = "file", size: int = -1) -> bytes:
     """The first `size` bytes of a regular file, by default all. InputError, which calls the file `what`, otherwise."""
     try:
         if path.exists() and not path.is_file():
-            raise OSError(0, "not a regular file")
+            raise OSError(0, "it is a folder" if path.is_dir() else "not a regular file")
         with path.open("rb") as file:
             return file.read(size)
     except OSError as error:

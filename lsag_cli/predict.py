@@ -79,6 +79,8 @@ def predict(
     if csv_file:
         write_csv(found, csv_file, columns=min(top_k, len(classifier.classes)))
     nodes = classifier.nodes_by_provider() if profile and isinstance(classifier, Session) else None
+    if unused.total():
+        note(f"not used: {listed(unused)}")
     if as_json:
         rows = [
             {"image": str(one.image), "error": one.error}
@@ -93,8 +95,6 @@ def predict(
     say(f"{counted(len(found) - broken, 'image')}, {classifier.device_name}{f'; {csv_file}' if csv_file else ''}")
     if nodes:
         say(nodes_line(nodes))
-    if unused.total():
-        note(f"not used: {listed(unused)}")
     if broken:
         note(f"{broken:,} of {len(found):,} images could not be read")
 

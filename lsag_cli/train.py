@@ -195,6 +195,8 @@ def train(
         "data_dir": data_dir_or_default(data_dir),
         "allow_change": allow_change or (),
     }
+    if resolved.data.dataset == "folder" and "model.num_classes" in parse_overrides(changes):
+        raise UsageError("a folder of images has as many classes as folders", "remove --set model.num_classes")
     options = TrainCommand(**given)
     if resume:
         options = options.with_kept(given_on_the_command_line(context))

@@ -111,6 +111,11 @@ def test_each_contender_has_its_own_precision(files):
         assert result.share == pytest.approx(result.macs_per_second / done.matrix_rates[result.precision])
 
 
+def test_a_precision_that_nothing_would_have_is_refused(files):
+    with pytest.raises(UsageError, match="exported with"):
+        bench([str(files[1])], device="cpu", precision="bf16", rounds=1, threads=1)
+
+
 @pytest.mark.parametrize(
     ("spec", "options", "words"),
     [

@@ -43,8 +43,8 @@ def test_override_values_are_toml_or_else_text(text, expected):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"train.epoch": 3}, ["unknown key train.epoch", "did you mean 'epochs'"]),
-        ({"model.stages.0.dept": 3}, ["did you mean 'depth'"]),
+        ({"train.epoch": 3}, ["unknown key train.epoch", "did you mean 'train.epochs'"]),
+        ({"model.stages.0.dept": 3}, ["did you mean 'model.stages.0.depth'"]),
         ({"train.epochs": "ten"}, ["train.epochs", "'ten'"]),
         ({"train.epochs": 1.5}, ["train.epochs", "1.5"]),
         ({"train.epochs": True}, ["train.epochs"]),
@@ -72,7 +72,7 @@ def test_override_values_are_toml_or_else_text(text, expected):
         ({"train.epochs": 2, "train.warmup_epochs": 3}, ["--set train.warmup_epochs=0"]),
         ({"train.freeze": 5}, ["train.freeze 5 is more than the 4 stages"]),
         ({"train.layer_decay": 0}, ["train.layer_decay"]),
-        ({"data.val_split": 0.2}, ["val_split is for a folder of images", "--dataset folder"]),
+        ({"data.val_split": 0.2}, ["val_split is for folders of images", "--dataset folder"]),
         ({"data.val_split": 1}, ["data.val_split"]),
     ],
 )
@@ -86,7 +86,7 @@ def test_mistakes_are_named_all_at_once(overrides, words):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"model.drop_pat": 0.2}, "unknown key model.drop_pat, did you mean 'drop_path'?"),
+        ({"model.drop_pat": 0.2}, "unknown key model.drop_pat, did you mean 'model.drop_path'?"),
         ({"model.mlp_ratoi": 2.0}, "unknown key model.mlp_ratoi"),
         ({"model.image_size": "x"}, "model.image_size: Input should be a valid integer (got 'x')"),
         ({"model.timm": ""}, "model.timm: "),

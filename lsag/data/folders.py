@@ -1,5 +1,6 @@
 """Which files in a folder are images. torch is not imported."""
 
+import errno
 import fnmatch
 import glob
 import os
@@ -59,9 +60,9 @@ def is_folder(path: Path) -> bool:
     """Whether there is a folder. InputError if that cannot be told."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
         _refuse(error)
 
 

@@ -76,7 +76,7 @@ class TrainSet(Dataset[Item]):
                     raise
                 self.broken[image] = 1
                 image = random_key(self.seed, "replace", epoch, image, attempt) % len(self.source)
-        raise InputError(f"{MAX_REPLACED} training images in a row are broken", "check the data folder")
+        raise InputError(f"no training image could be read in {MAX_REPLACED} attempts", "check the data folder")
 
 
 class EvalSet(Dataset[Item]):

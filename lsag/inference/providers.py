@@ -64,7 +64,7 @@ def check_driver(provider: str) -> None:
     """UnavailableError if there is no NVIDIA driver, which every GPU provider needs."""
     if not has_driver():
         raise UnavailableError(
-            f"--provider {provider} needs an NVIDIA driver, and none was found ({describe_installation()})",
+            f"the provider {provider} needs an NVIDIA driver, and none was found ({describe_installation()})",
             how_to_fix(provider),
         )
 

@@ -1,5 +1,6 @@
 """What a training reads: the images of both splits, in the order and the slices of this rank."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -52,11 +53,19 @@ class Data:
         return batches(self.train_loader)
 
     def broken(self, world: World) -> list[str]:
-        """On rank 0, the training images that any rank has skipped since this start, and what is wrong with each."""
+        """On rank 0, the training images that any rank has skipped since this start, and what is wrong with each.
+
+        InputError on every rank for a class of which nothing else is left.
+        """
         images: Any = self.train_loader.dataset
         found: list[str] = []
         if images.broken is not None:
             indices = world.total_tensor(images.broken).nonzero().flatten().tolist()
+            left = Counter(images.source.labels) - Counter(images.source.labels[index] for index in indices)
+            lost = [name for label, name in enumerate(self.classes) if not left[label]]
+            if lost:
+                what = f"no training image of {', '.join(lost[:5])} can be read"
+                raise InputError(what, "repair the images, or remove the class everywhere")
             for index in indices if world.is_main else []:
                 name = images.source.name(index)
                 try:

@@ -156,7 +156,8 @@ class Run(NoRun):
                 stopping = self.signals.stop or self.signals.acknowledged
                 minutes = self.options.save_retry_minutes
                 if failed and (stopping or time.monotonic() - start > 60 * minutes):
-                    fix = f"free space, then resume with: {self.options.resume_command}"
+                    mend = "free space" if self.options.out.exists() else "bring the folder back"
+                    fix = f"{mend}, then resume with: {self.options.resume_command}"
                     raise OutputError(error.what, fix) from error
                 if not failed:
                     logger.warning("%s; retrying every second for up to %g minutes", error.what, minutes)

@@ -212,10 +212,15 @@ REFUSED = {
         2,
         ["cifar-tiney", "did you mean 'cifar-tiny'", "lsag presets"],
     ),
-    "unknown key": (["train", "--set", "train.epoch=3"], 2, ["unknown key train.epoch", "did you mean 'epochs'"]),
+    "unknown key": (["train", "--set", "train.epoch=3"], 2, ["unknown key train.epoch", "did you mean 'train.epochs'"]),
     "wrong type": (["train", "--set", "train.epochs=many"], 2, ["train.epochs", "'many'"]),
     "out of range": (["train", "--epochs", "0"], 2, ["--epochs"]),
     "no value": (["train", "--set", "train.epochs"], 2, ["KEY=VALUE"]),
+    "classes of a folder": (
+        ["train", "--dataset", "folder", "--set", "model.num_classes=7"],
+        2,
+        ["as many classes as folders"],
+    ),
     "set twice": (["train", "--epochs", "5", "--set", "train.epochs=6"], 2, ["train.epochs is set twice"]),
     "a plan that cannot be": (["train", "--dry-run", "--set", "train.batch_size=2000"], 2, ["1,437", "2000"]),
     "a warm-up that is too long": (
@@ -224,8 +229,12 @@ REFUSED = {
         ["--set train.warmup_epochs=0"],
     ),
     "too many frozen stages": (["train", "--freeze", "3"], 2, ["train.freeze 3 is more than the 2 stages"]),
-    "a split of what is split": (["train", "--val-split", "0.2"], 2, ["digits has its own split", "--dataset folder"]),
-    "all held out": (["train", "--val-split", "1"], 2, ["data.val_split"]),
+    "a split of what is split": (
+        ["train", "--val-split", "0.2"],
+        2,
+        ["for folders of images, not digits", "--dataset folder"],
+    ),
+    "all held out": (["train", "--val-split", "1"], 2, ["--val-split", "0.99"]),
     "unknown dataset": (["train", "--dataset", "mnist"], 2, ["data.dataset", "'mnist'"]),
     "a batch that is never filled": (["train", "--set", "train.batch_size=2000"], 2, ["1,437", "2000"]),
     "no data": (
@@ -245,11 +254,11 @@ REFUSED = {
     "no format": (["export"], 2, ["--onnx"]),
     "two models": (["export", "a.pt", "--onnx", "--preset", "cifar-tiny", "--random-weights"], 2, ["no checkpoint"]),
     "a picture over a checkpoint": (["eval", "a.pt", "--plot", "a.pt"], 2, ["--plot a.pt does not end in .png"]),
-    "a folder to export": (["export", ".", "--onnx"], 3, ["cannot read checkpoint .", "not a regular file"]),
+    "a folder to export": (["export", ".", "--onnx"], 3, ["cannot read checkpoint .", "it is a folder"]),
     "a folder to convert": (
         ["convert", ".", "--preset", "cifar-tiny"],
         3,
-        ["cannot read checkpoint .", "not a regular file"],
+        ["cannot read checkpoint .", "it is a folder"],
     ),
     "a name that is too long": (["eval", "x" * 300 + ".onnx"], 3, ["too long"]),
     "a device as checkpoint": (["eval", "/dev/zero"], 3, ["not a regular file"]),
@@ -470,7 +479,7 @@ def test_no_figure_is_cut_off_on_a_narrow_terminal(lsag, width):
     shown = lsag("flops", "--by-stage", env={"COLUMNS": str(width)}).stdout
     for preset in json.loads(lsag("flops", "--json").stdout)["presets"]:
         for stage in [preset, *preset["stages"]]:
-            assert f"{stage['params']:,} " in shown and operations(stage["macs"]) in shown
+            assert f"{stage['params']:,} " in shown and operations(stage["macs"], preset["flops"]) in shown
 
 
 def test_help_names_the_defaults(lsag):

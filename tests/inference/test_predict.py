@@ -65,6 +65,16 @@ def test_a_checkpoint_and_its_graph_agree(lsag, model, folder):
     assert answers[1]["device"] == "onnxruntime CPUExecutionProvider" or torch.cuda.is_available()
 
 
+def test_what_is_left_out_is_said_also_beside_json_and_a_link_in_a_circle_is_a_row(lsag, model, folder):
+    pictures = folder / "val/cat"
+    (pictures / "x.heic").write_bytes(b"not decodable here")
+    (folder / "loop.png").symlink_to("loop.png")
+    done = lsag("predict", model, pictures, folder / "loop.png", "--json")
+    assert done.returncode == 0 and "not used: 1 .heic" in done.stderr, done.stderr
+    rows = json.loads(done.stdout)["predictions"]
+    assert [bool(row.get("error")) for row in rows] == [False] * (len(rows) - 1) + [True]
+
+
 def test_a_broken_image_is_a_row(lsag, model, folder, tmp_path):
     (folder / "val/dog/1.png").write_bytes(b"broken")
     done = lsag("predict", model, folder / "val", "--top-k", "2")
@@ -80,7 +90,7 @@ def test_a_broken_image_is_a_row(lsag, model, folder, tmp_path):
     assert lines[3]["class_1"] == lines[3]["probability_3"] == "", "every row has all columns"
     assert lines[0]["class_1"] in ("cat", "dog", "cow") and 0 < float(lines[0]["probability_3"]) < 1
     done = lsag("predict", model, folder / "val/dog/1.png")
-    assert_refused(done, 3, "none of the 1 images could be read", "not an image")
+    assert_refused(done, 3, "no image could be read", "not an image")
 
 
 def test_files_folders_and_patterns(lsag, model, folder):

@@ -104,12 +104,13 @@ def test_the_recipe_of_a_checkpoint_is_fitted_to_few_images():
     preset, notes = for_fine_tuning(trained, trained.train, given=(), num_images=1_000, num_slices=3)
     assert preset.train.batch_size == 96  # ten steps, cut into 3 slices of even size
     assert preset.train.lr * preset.train.lr_scale == pytest.approx(5e-4 * 736 / 512 / 10)
-    assert notes[0] == "batches of 96 instead of 736, because there are 1,000 images"
-    assert notes[1].startswith("peak learning rate 7.19e-05, a tenth of the checkpoint's")
+    assert notes[0] == "epochs: 300, as the checkpoint was trained; change it with --epochs"
+    assert notes[1] == "batches of 96 instead of 736, because there are 1,000 images"
+    assert notes[2].startswith("peak learning rate 7.19e-05, a tenth of the checkpoint's")
     many, notes = for_fine_tuning(trained, trained.train, given=(), num_images=50_000, num_slices=1)
-    assert many.train.batch_size == 736 and many.train.lr == pytest.approx(5e-5) and len(notes) == 1
+    assert many.train.batch_size == 736 and many.train.lr == pytest.approx(5e-5) and len(notes) == 2
     mine = load_preset("cifar-tiny", {"train.lr": 1e-3, "train.batch_size": 64})
-    given = ("train.lr", "train.batch_size")
+    given = ("train.lr", "train.batch_size", "train.epochs")
     assert for_fine_tuning(mine, trained.train, given=given, num_images=100, num_slices=1) == (mine, [])
 
 
@@ -118,7 +119,8 @@ def test_a_short_training_has_a_short_warm_up(lsag, tmp_path):
     short = load_preset("cifar-tiny", {"train.epochs": 2}, notes=notes)
     assert short.train.warmup_epochs == 0.4
     assert notes == ["the warm-up takes 0.4 instead of 5 epochs"]
-    assert load_preset("cifar-tiny", {"train.epochs": 5}).train.warmup_epochs == 5
+    assert load_preset("cifar-tiny", {"train.epochs": 5}).train.warmup_epochs == 1
+    assert load_preset("cifar-tiny", {"train.epochs": 6}).train.warmup_epochs == 5
     with pytest.raises(UsageError, match="warmup_epochs 3 is more than epochs 2"):
         load_preset("cifar-tiny", {"train.epochs": 2, "train.warmup_epochs": 3})
     done = lsag("train", f"--set={STAGES}", "--epochs", 1, "--out", "run")

@@ -133,6 +133,10 @@ def test_a_run_that_skips_broken_images_is_resumed_to_the_same_bits(preset, fold
     listed = (folder / "whole/broken.txt").read_text()
     assert [line.partition(": ")[0][-9:] for line in listed.splitlines()] == ["cat/1.png", "dog/2.png"]
     assert listed == (folder / "run/broken.txt").read_text()
+    for path in (folder / "train/cat").glob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(InputError, match="no training image of cat can be read"):
+        run(small, folder / "other", skip_broken=True)
 
 
 def test_eight_ranks_see_what_one_that_accumulates_sees(preset, tmp_path):
