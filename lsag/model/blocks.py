@@ -204,8 +204,9 @@ class GlobalAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
+        query = self.q(x)
         key, value = (self.heads_first(part) for part in self.kv(x).chunk(2, dim=2))
-        return self.attend(self.q(x), key, value)
+        return self.attend(query, key, value)
 
     def heads_first(self, x: Tensor) -> Tensor:
         """(B, N, K * width) -> (B, K, N, width)."""

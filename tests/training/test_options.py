@@ -90,7 +90,7 @@ def test_options_that_are_no_file_are_refused(lsag, tmp_path):
     assert lsag("train", *TINY, "--out", "run").returncode == 0
     (tmp_path / "run/options.json").unlink()
     (tmp_path / "run/options.json").mkdir()
-    assert_refused(lsag("train", "--resume", "run"), 3, "cannot read options run/options.json", "not a regular file")
+    assert_refused(lsag("train", "--resume", "run"), 3, "cannot read options run/options.json", "it is a folder")
 
 
 def test_the_environment_says_where_data_has_moved_and_who_the_ranks_are(lsag, folder, tmp_path):
