@@ -4,6 +4,7 @@ A forked command starts in tenths of a second instead of seconds. It is a proces
 environment, signals, streams and exit code. Only what Python and its libraries decide while they are loaded is shared.
 """
 
+import abc
 import contextlib
 import ctypes
 import importlib
@@ -126,13 +127,18 @@ class Server:
 
     def close(self) -> None:
         """End the server and whatever a test that failed has left behind."""
-        for process in [*descendants(self.process.pid), self.process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        kill_all(self.process.pid)
         self.process.wait(30)
 
 
-class Running:
+def kill_all(process: int) -> None:
+    """Kill a process and its descendants; some of them may have just ended."""
+    for one in [*descendants(process), process]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+
+
+class Running(abc.ABC):
     """A command and what it has written so far."""
 
     pid: int
@@ -152,17 +158,16 @@ class Running:
     def stderr(self) -> str:
         return (self.folder / "stderr").read_text()
 
+    @abc.abstractmethod
     def wait(self, timeout: float = 180) -> int:
         """The exit code, negative for a signal."""
-        raise NotImplementedError
 
     def completed(self) -> subprocess.CompletedProcess[str]:
         code = self.wait()
         return subprocess.CompletedProcess(self.argv, code, self.stdout, self.stderr)
 
     def _kill(self) -> None:
-        for process in [*descendants(self.pid), self.pid]:
-            os.kill(process, signal.SIGKILL)
+        kill_all(self.pid)
 
 
 class Forked(Running):

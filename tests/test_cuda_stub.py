@@ -38,7 +38,7 @@ def on_stubs(tmp_path_factory):
     built = subprocess.run(
         [sys.executable, shared("tools/cuda-stub/build.py"), folder], capture_output=True, text=True, cwd=ROOT
     )
-    if "StopIteration" in built.stderr:
+    if "    home = next(" in built.stderr:  # only this search may come back empty
         pytest.skip("the headers of CUDA are not installed")
     assert built.returncode == 0, built.stderr
     shown = subprocess.run(

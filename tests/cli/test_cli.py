@@ -581,7 +581,7 @@ def test_anything_else_is_a_bug(error):
     assert not lack(error)[0]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere these cannot be taken away")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such limits")
 def test_a_machine_without_memory_or_a_folder_is_told_so():
     start = f"{sys.executable} -m lsag_cli"
     for shell, words in (

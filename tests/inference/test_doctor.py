@@ -48,6 +48,20 @@ def test_a_broken_package_and_two_runtimes_are_problems(folder, monkeypatch):
     assert "break each other" in found["onnxruntime"].problem and found["onnxruntime"].prevents == ("gpu-inference",)
 
 
+@pytest.mark.parametrize("present", [True, False])
+def test_a_driver_is_asked_for_only_where_there_is_a_gpu(folder, monkeypatch, present):
+    from lsag.inference import providers
+
+    for module in (lsag.inference.doctor, providers):
+        monkeypatch.setattr(module, "driver_version", lambda: None)
+        monkeypatch.setattr(module, "has_gpu", lambda: present)
+    found = {finding.name: finding for finding in examine(folder, folder)}
+    assert found["NVIDIA driver"].prevents == ("gpu-inference",)
+    assert ("install" in found["NVIDIA driver"].fix) == present
+    assert ("install the NVIDIA driver" in providers.how_to_fix("cuda")) == present
+    assert "cores" in found["processor"].value and "GiB" in found["processor"].value
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_the_command(lsag):
     done = lsag("doctor")
