@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from lsag.checkpoint import load_checkpoint, random_checkpoint
-from lsag.config import Preset, Recompute, parse_spec
-from lsag.device import DTYPES, autocast, autocast_dtype, choose_device, peak_memory
+from lsag.config import Precision, Preset, Recompute, parse_spec
+from lsag.device import DTYPES, autocast, choose_device, choose_precision, peak_memory, tf32
 from lsag.errors import UsageError
 from lsag.inference.session import Session
 from lsag.model.build import (
@@ -51,8 +51,6 @@ PEERS: dict[str, dict[str, float | None]] = {
     )
 }
 """Contenders and the images per second that the paper prints for them, on its GPU. lsag's come first."""
-
-PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
 Mode = Literal["inference", "training"]
 
@@ -93,15 +91,19 @@ class Bench:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model in `dtype`; `classify` takes images of `shape` (C, height, width). `model` is None for a graph."""
+    """A model in `precision`; `classify` takes images of `shape` (C, height, width). `model` is None for a graph."""
 
     name: str
-    dtype: torch.dtype
+    precision: str
     shape: tuple[int, int, int]
     params: int
     macs: int
     classify: Callable[[Tensor], Any]
     model: nn.Module | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def bench(
     mode: Mode = "inference",
     batch_size: int = 8,
     device: str = "auto",
-    precision: str = "auto",
+    precision: Precision = "auto",
     compile: bool = False,
     recompute: Recompute = "none",
     threads: int | None = None,
@@ -138,8 +140,8 @@ def bench(
     used = choose_device(device, keep_memory=keep_memory)
     if threads:
         torch.set_num_threads(threads)
-    dtype = autocast_dtype(used, precision)
-    contenders = [open_contender(spec, mode=mode, device=used, dtype=dtype, threads=threads) for spec in specs]
+    chosen = choose_precision(used, precision)
+    contenders = [open_contender(spec, mode=mode, device=used, precision=chosen, threads=threads) for spec in specs]
     _set_up(contenders, precision=precision, compile=compile, recompute=recompute)
     batches = [Turn(make_run(contender, mode, batch_size, used)) for contender in contenders]
     singles = [
@@ -150,9 +152,9 @@ def bench(
     ]
     side = MATRIX_SIZE[used.type]
     products = {}
-    for dtype in dict.fromkeys(contender.dtype for contender in contenders):
-        matrices = torch.randn(2, side, side, device=used, dtype=dtype)
-        products[PRECISIONS[dtype]] = Turn(torch.inference_mode()(partial(linear, *matrices)))
+    for name in dict.fromkeys(contender.precision for contender in contenders):
+        matrices = torch.randn(2, side, side, device=used, dtype=DTYPES[name])
+        products[name] = Turn(torch.inference_mode()(tf32(name == "tf32")(partial(linear, *matrices))))
     memory = [tensor_memory(each, turn.run, mode, used) for each, turn in zip(contenders, batches, strict=True)]
     take_turns([*batches, *filter(None, singles), *products.values()], rounds=rounds, device=used, on_round=on_round)
 
@@ -167,7 +169,7 @@ def bench(
         results.append(
             Result(
                 name=contender.name,
-                precision=PRECISIONS[contender.dtype],
+                precision=contender.precision,
                 params=contender.params,
                 macs=contender.macs,
                 images_per_second=rate,
@@ -177,7 +179,7 @@ def bench(
                 latency_p90=p90,
                 peak_memory=num_bytes,
                 macs_per_second=macs_rate,
-                share=macs_rate / matrix_rates[PRECISIONS[contender.dtype]],
+                share=macs_rate / matrix_rates[contender.precision],
             )
         )
     return Bench(results, matrix_rates, str(used), torch.get_num_threads())
@@ -213,7 +215,7 @@ def open_contender(
     *,
     mode: Mode = "inference",
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
+    precision: str = "fp32",
     threads: int | None = None,
 ) -> Contender:
     """A preset's name or file, a checkpoint, an .onnx file, or `timm:NAME`.
@@ -231,8 +233,7 @@ def open_contender(
             rest if kind == "host" else spec, provider=device.type, device_id=device.index or 0, threads=threads
         )
         total = count_model(graph.preset.model)
-        dtype = DTYPES[graph.precision]
-        return Contender(spec, dtype, image_shape(graph.preset.model), total.params, total.macs_run, graph)
+        return Contender(spec, graph.precision, image_shape(graph.preset.model), total.params, total.macs_run, graph)
     model: nn.Module
     shape: tuple[int, int, int]
     if kind == "timm":
@@ -253,9 +254,10 @@ def open_contender(
             model = as_released(model)
     params = sum(parameter.numel() for parameter in model.parameters())
     model, macs = model.train(mode == "training"), count_macs(model, shape)
+    model = model.to(device, DTYPES[precision] if mode == "inference" else torch.float32)
     if kind == "compiled":
         model.compile()
-    return Contender(spec, dtype, shape, params, macs, model.to(device), model)
+    return Contender(spec, precision, shape, params, macs, model, model)
 
 
 def timm_contender(spec: str) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -280,16 +282,12 @@ def make_run(contender: Contender, mode: Mode, batch_size: int, device: torch.de
             return contender.classify.bind(pixels)
         return lambda: contender.classify(pixels)
     model, images = contender.model, torch.randn(batch_size, *contender.shape, generator=generator).to(device)
-
-    def infer() -> None:
-        with torch.inference_mode(), autocast(device, contender.dtype):
-            model(images)
-
     if mode == "inference":
-        return infer
+        return torch.inference_mode()(tf32(contender.precision == "tf32")(partial(model, images.to(contender.dtype))))
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
     optimizer = torch.optim.AdamW(model.parameters())
 
+    @tf32(contender.precision == "tf32")
     def step() -> None:
         with autocast(device, contender.dtype):
             logits = model(images)
@@ -347,7 +345,7 @@ def probe(
     *,
     device: str = "auto",
     slice_size: int,
-    precision: str = "auto",
+    precision: Precision = "auto",
     compile: bool = False,
     recompute: Recompute = "none",
     steps: int = 3,
@@ -359,9 +357,8 @@ def probe(
     freeze(model, preset.train.freeze)
     if compile:
         model.compile()
-    dtype = autocast_dtype(used, precision)
-    run = make_run(
-        Contender(preset.name, dtype, image_shape(preset.model), 0, 0, model, model), "training", slice_size, used
-    )
+    shape = image_shape(preset.model)
+    contender = Contender(preset.name, choose_precision(used, precision), shape, 0, 0, model, model)
+    run = make_run(contender, "training", slice_size, used)
     seconds(run, 1, used)  # the first warms up
     return min(seconds(run, 1, used) for _ in range(steps)), peak_memory(used)

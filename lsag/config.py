@@ -28,7 +28,7 @@ from pydantic import (
 from lsag.errors import UsageError
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "imagenet", "folder"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Recompute = Literal["none", "local", "all"]
 # Strict scalars: neither "10" nor true is a number, while a list may stand for a tuple.
 Integer = Annotated[int, Strict()]

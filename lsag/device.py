@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from lsag.config import Precision
 from lsag.errors import UnavailableError, UsageError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The type of matrix products in each precision. tf32 is fp32 that NVIDIA's tensor cores round to 10 bits first."""
 
 
 def choose_device(name: str = "auto", *, keep_memory: bool = True) -> torch.device:
@@ -56,24 +58,42 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
-def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """What `precision` ("auto", "bf16", "fp16" or "fp32") means on a device.
+def choose_precision(device: torch.device, precision: Precision = "auto") -> Precision:
+    """`auto` is bf16 on CUDA, or fp16 on GPUs that have no bf16, and elsewhere fp32.
 
-    `auto` is bf16 on CUDA, or fp16 on GPUs that have no bf16; elsewhere fp32. UsageError for another name.
+    UsageError for one that is unknown, or that the device does not have.
     """
     if precision == "auto":
         if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision not in DTYPES:
         raise UsageError(f"unknown precision '{precision}'", f"use one of: auto, {', '.join(DTYPES)}")
-    return DTYPES[precision]
+    if precision == "tf32" and device.type != "cuda":
+        raise UsageError(f"tf32 is a precision of NVIDIA GPUs, and this is {device}", "use fp32 or bf16")
+    return precision
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager[None]:
-    """Matrix products in `dtype` (None: what `autocast_dtype` says); with fp32 it does nothing."""
-    dtype = autocast_dtype(device) if dtype is None else dtype
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Matrix products in `dtype`; with fp32 it does nothing."""
     return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+
+
+@contextmanager
+def tf32(wanted: bool) -> Iterator[None]:
+    """Inside, CUDA's products and convolutions of fp32 are TF32, or, unless it is `wanted`, full fp32.
+
+    torch's own default is full fp32 for products, and TF32 for convolutions.
+    """
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = wanted
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def peak_memory(device: torch.device) -> int:

@@ -7,7 +7,7 @@ import typer
 
 from lsag.errors import InputError, UsageError
 from lsag.files import read_bytes
-from lsag_cli.options import Force, Json, Precision, check_options, loading, refuse_existing
+from lsag_cli.options import Force, Json, ModelPrecision, check_options, loading, refuse_existing
 from lsag_cli.output import percent, print_json, say, status
 
 
@@ -23,7 +23,7 @@ def explain(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="PNG file to write.", show_default="IMAGE-explained.png")] = None,
-    precision: Precision = "auto",
+    precision: ModelPrecision = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -53,7 +53,7 @@ def explain(
         from lsag.plots import draw_explanation
 
     with status("opening the model"):
-        classifier = Classifier(load_checkpoint(checkpoint), precision=precision)
+        classifier = Classifier(load_checkpoint(checkpoint), precision=precision or "fp32")
     with status("explaining the image"):
         found = run(classifier, open_image(image, classifier.preset.image_mode), point=point)
         draw_explanation(found, out, title=f"{classifier.preset.name}: {image.name}")

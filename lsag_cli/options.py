@@ -73,6 +73,10 @@ Precision = Annotated[
     config.Precision,
     typer.Option("--precision", help="Precision of matrix products; auto is bf16 (or fp16) on CUDA, fp32 elsewhere."),
 ]
+ModelPrecision = Annotated[
+    config.Precision | None,
+    typer.Option("--precision", help="Precision of matrix products.", show_default="fp32; a graph has its own"),
+]
 Recompute = Annotated[
     config.Recompute,
     typer.Option(help="Save memory: recompute the local block, or all blocks, in the backward pass."),
@@ -156,7 +160,7 @@ def refuse_existing(out: Path, force: bool, *, source: Path | None = None, optio
 
 
 def check_options(
-    model: Path, *, device: str, provider: str | None, precision: config.Precision, profile: bool
+    model: Path, *, device: str, provider: str | None, precision: config.Precision | None, profile: bool
 ) -> None:
     """Refuse what the machine or the kind of `model` rules out, before anything slow is imported."""
     if profile and model.suffix != ".onnx":

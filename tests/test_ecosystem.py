@@ -217,6 +217,10 @@ def test_the_hub_gives_back_what_it_was_given(checkpoint, tmp_path):
     expected = checkpoint.model(Normalize(checkpoint.preset.data)(pixels))
     torch.testing.assert_close(found(pixels), expected)
     assert found.checkpoint().preset == checkpoint.preset
+    rounded = Classifier.from_pretrained(tmp_path / "model", precision="bf16")
+    assert rounded.precision == "bf16" and rounded(pixels).argmax(1).tolist() == expected.argmax(1).tolist()
+    with pytest.raises(UsageError, match="rounded to bf16"):
+        rounded.save_pretrained(tmp_path / "again")
 
 
 def edit_config(change):

@@ -159,7 +159,14 @@ def train_loader(
 
 
 def eval_loader(
-    source: Source, preset: Preset, *, batch_size: int, workers: int, rank: int = 0, size: int = 1
+    source: Source,
+    preset: Preset,
+    *,
+    batch_size: int,
+    workers: int,
+    rank: int = 0,
+    size: int = 1,
+    pin: bool = False,
 ) -> DataLoader[Any]:
     """Batches of (uint8 images, labels), each image once and in order; read them through `batches`.
 
@@ -173,6 +180,7 @@ def eval_loader(
         num_workers=workers,
         worker_init_fn=_leave_signals_to_parent,
         persistent_workers=workers > 0,
+        pin_memory=pin,
         timeout=WORKER_TIMEOUT if workers else 0,
     )
 

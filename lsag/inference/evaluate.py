@@ -125,7 +125,7 @@ def evaluate_file(
     split: str | None = None,
     device: str = "auto",
     provider: str | None = None,
-    precision: Precision = "auto",
+    precision: Precision | None = None,
     batch_size: int = 256,
     workers: int | None = None,
     download: bool = True,
@@ -160,7 +160,8 @@ def evaluate_file(
     )
     if workers is None:
         workers = choose_workers(len(source))
-    loader = eval_loader(source, preset, batch_size=batch_size, workers=workers)
+    pin = isinstance(model, Classifier) and model.device.type == "cuda"
+    loader = eval_loader(source, preset, batch_size=batch_size, workers=workers, pin=pin)
     count, heed = len(source), on_batch or (lambda images, of: None)
     heed(0, count)
     metrics = evaluate(

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lsag.device import autocast, autocast_dtype
+from lsag.device import tf32
 from lsag.errors import UsageError
 from lsag.inference.classifier import Classifier
 from lsag.model.blocks import GlobalAttention
@@ -64,14 +64,14 @@ def explain(classifier: Classifier, image: Image.Image, *, point: tuple[int, int
     modules = [module for module in model.modules() if isinstance(module, GlobalAttention)]
     hooks = [module.register_forward_pre_hook(record_input) for module in modules]
     try:
-        probabilities = classifier(pixels[None]).float().softmax(dim=1)[0]
+        probabilities = classifier(pixels[None]).softmax(dim=1)[0]
     finally:
         for hook in hooks:
             hook.remove()
 
     stages: list[Tensor | None] = []
-    with autocast(classifier.device, autocast_dtype(classifier.device, classifier.precision)):
-        images = classifier.normalize(pixels[None].to(classifier.device))
+    with tf32(classifier.precision == "tf32"):
+        images = classifier.normalize(pixels[None].to(classifier.device)).to(classifier.dtype)
         embed, first, side = model.embed, model.stages[0], config.grid_sizes[0]
         variants = first.norm1(embed(images))  # type: ignore[operator]
         weights = first.blocks[0].attn.attention_weights(variants)  # type: ignore[union-attr, index]

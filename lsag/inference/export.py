@@ -1,6 +1,5 @@
 """ONNX graphs of a model, verified against PyTorch before they are saved."""
 
-import copy
 import json
 import logging
 import warnings
@@ -53,14 +52,12 @@ class _Graph(Classifier):
     """
 
     def __init__(self, checkpoint: Checkpoint, *, raw_input: bool, half: bool) -> None:
-        super().__init__(checkpoint)
-        self.raw_input, self.half_precision = raw_input, half
-        if half:
-            self.model = copy.deepcopy(self.model).half()
+        super().__init__(checkpoint, precision="fp16" if half else "fp32")
+        self.raw_input = raw_input
 
     def forward(self, images: Tensor) -> Tensor:
         images = images if self.raw_input else self.normalize(images.permute(0, 3, 1, 2))
-        return self.model(images.half()).float() if self.half_precision else self.model(images)
+        return self.model(images.to(self.dtype)).float()
 
 
 def export_onnx(

@@ -31,7 +31,7 @@ PACKAGES = {"libcurand": "nvidia-curand", "libcudnn": "nvidia-cudnn-cu13", "libn
 
 
 def check_model(
-    path: str | Path, *, device: str = "auto", provider: str | None = None, precision: Precision = "auto"
+    path: str | Path, *, device: str = "auto", provider: str | None = None, precision: Precision | None = None
 ) -> None:
     """Refuse what cannot work before anything slow is imported: see `open_model` for the arguments.
 
@@ -48,7 +48,7 @@ def check_model(
         on_gpu = provider in ("cuda", "tensorrt")
         if provider == "auto" or on_gpu != device.startswith("cuda"):
             raise UsageError(f"--device {device} contradicts --provider {provider}", "give one of them")
-    if graph and precision != "auto":
+    if graph and precision not in (None, "auto"):
         raise UsageError(
             f"--precision is for checkpoints; {path} has the precision it was exported with",
             "lsag export CKPT --onnx --precision fp16",

@@ -7,6 +7,7 @@ of them.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -288,6 +289,8 @@ class LocalBlock(Block):
     def __init__(self, config: ModelConfig, stage: StageConfig) -> None:
         super().__init__(config, stage, LocalAttention(stage))
         self.chunk_bytes: int | None = CHUNK_BYTES
+        self.fp32_variants = True
+        """Whether autocast leaves the variants and their norm in fp32. No measurement on a GPU has decided yet."""
 
     def forward(self, images: Tensor, embed: ShiftEmbedding, norm1: nn.Module, norm2: nn.Module) -> Tensor:  # type: ignore[override]
         """(B, C, height, width) -> (B, N, D)."""
@@ -297,17 +300,25 @@ class LocalBlock(Block):
         matrices, shifted = embed.kernel_matrices(), embed.shift(images)  # once, not for each chunk
         branch_scale = self.drop_path(images.new_ones(images.shape[0], 1, 1))  # stochastic depth, once for all chunks
 
+        pos: Tensor = embed.pos
+        norm: Callable[[Tensor], Tensor] = norm1
+        device = images.device.type
+        if not self.fp32_variants and torch.is_autocast_enabled(device):
+            pos, norm = pos.to(torch.get_autocast_dtype(device)), partial(_norm_as_is, norm1)  # type: ignore[arg-type]
+
         def attend(branch_scale: Tensor, shifted: Tensor, pos: Tensor) -> Tensor:
             variants = embed.embed_rows(shifted, pos, matrices)
-            return torch.addcmul(variants[:, :, 0], branch_scale, self.attn(norm1(variants)))
+            return torch.addcmul(variants[:, :, 0], branch_scale, self.attn(norm(variants)))
 
-        if self.chunk_bytes is None or torch.compiler.is_compiling():  # one graph for any batch, fused by the compiler
-            x = self.maybe_recompute(attend, branch_scale, shifted, embed.pos)
+        # A compiler fuses one graph for any batch. On a GPU, training that keeps everything anyway saves launches.
+        keeps_all = torch.is_grad_enabled() and not self.recompute
+        if self.chunk_bytes is None or torch.compiler.is_compiling() or (device != "cpu" and keeps_all):
+            x = self.maybe_recompute(attend, branch_scale, shifted, pos)
         else:
-            factor = 1 if images.device.type == "cpu" else GPU_CHUNK_FACTOR
+            factor = 1 if device == "cpu" else GPU_CHUNK_FACTOR
             num_images, num_rows = embed.chunk_size(images.shape[0], self.chunk_bytes * factor)
             # Split once, not per image: the gradient of a slice is as large as the whole.
-            positions = embed.pos.split(num_rows * math.isqrt(len(embed.pos)))
+            positions = pos.split(num_rows * math.isqrt(len(pos)))
             parts = []
             for scale, copies in zip(branch_scale.split(num_images), shifted.split(num_images, dim=1), strict=True):
                 rows = zip(embed.split_rows(copies, num_rows), positions, strict=True)
@@ -317,6 +328,12 @@ class LocalBlock(Block):
         if uses_onednn(x, self.mlp[0].weight):  # type: ignore[arg-type]
             return self.add_mlp(x, norm2)
         return self.maybe_recompute(lambda x: self.add_mlp(x, norm2), x)
+
+
+def _norm_as_is(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """`norm` in the type of `x`, which autocast would make fp32; its statistics are fp32 all the same."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from lsag.checkpoint import Checkpoint, check_weights, load_checkpoint
 from lsag.config import Preset
 from lsag.data.loading import random_key
 from lsag.data.sources import placeholder_classes
-from lsag.device import autocast, autocast_dtype
+from lsag.device import DTYPES, autocast, choose_precision
 from lsag.distributed.world import World, lost_peers
 from lsag.errors import InputError, UsageError
 from lsag.model.build import build_model, freeze, image_shape, set_recompute
@@ -45,18 +45,18 @@ def begin(preset: Preset, data: Data, run: NoRun, world: World, options: TrainOp
     if frozen := freeze(model, preset.train.freeze):
         notes.append(f"train.freeze = {preset.train.freeze} keeps {frozen:,} parameters as they are")
     optimizer = make_optimizer(model, preset.train)
-    dtype = autocast_dtype(world.device, options.precision)
+    precision = choose_precision(world.device, options.precision)
     state = State(
         model=model,
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(world.device.type, enabled=dtype is torch.float16),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         ema=moving_average(model, preset.train.ema_decay) if preset.train.ema_decay else None,
         preset=preset,
         classes=data.classes,
         dataset=data.fingerprint,
         steps_per_epoch=data.steps_per_epoch,
         device=world.device,
-        dtype=dtype,
+        precision=precision,
         num_slices=world.size * options.accum,
         num_ranks=world.size,
     )
@@ -66,7 +66,7 @@ def begin(preset: Preset, data: Data, run: NoRun, world: World, options: TrainOp
         model.compile()
     if world.size > 1:
         shape = (data.order.slice_size, *image_shape(preset.model))
-        state.ddp = data_parallel(model, world.device, dtype, shape=shape)
+        state.ddp = data_parallel(model, world.device, DTYPES[precision], shape=shape)
         optimizer.zero_grad()
     if checkpoint is not None:
         state.restore(checkpoint)
@@ -104,8 +104,9 @@ def data_parallel(
     resumed training sums as an uninterrupted one does. Buffers keep their values.
     """
     restore_buffers = keep_buffers(model)
+    device_ids = [device.index] if device.type == "cuda" else None
     with lost_peers():
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # with one channel
         for _ in range(2):
             with autocast(device, dtype):

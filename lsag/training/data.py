@@ -92,7 +92,7 @@ def open_data(preset: Preset, options: TrainOptions, world: World) -> tuple[Pres
     if workers is None:
         workers = choose_workers(len(train), processes=world_size_here())
     order = EpochBatches(len(train), preset, rank=world.rank, size=world.size, accum=options.accum)
-    eval_batch = min(preset.train.batch_size, EVAL_BATCH)
+    eval_batch, pin = min(preset.train.batch_size, EVAL_BATCH), world.device.type == "cuda"
     return preset, Data(
         classes=tuple(train.classes),
         notes=tuple(dict.fromkeys((*train.notes, *evaluation.notes))),
@@ -105,11 +105,17 @@ def open_data(preset: Preset, options: TrainOptions, world: World) -> tuple[Pres
             preset,
             order,
             workers=workers,
-            pin=world.device.type == "cuda",
+            pin=pin,
             skip_broken=options.skip_broken,
         ),
         eval_loader=eval_loader(
-            evaluation, preset, batch_size=eval_batch, workers=workers, rank=world.rank, size=world.size
+            evaluation,
+            preset,
+            batch_size=eval_batch,
+            workers=workers,
+            rank=world.rank,
+            size=world.size,
+            pin=pin,
         ),
         eval_batch=eval_batch,
     )

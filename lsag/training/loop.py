@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lsag.config import Preset
-from lsag.device import deterministic
+from lsag.device import deterministic, tf32
 from lsag.distributed.world import World, joined
 from lsag.errors import CheckError, InputError, WorkerError
 from lsag.failpoints import failpoint
@@ -49,6 +49,7 @@ def train(preset: Preset, options: TrainOptions) -> Iterator[Progress]:
     with (
         joined(options.device, options.rdzv_timeout, acknowledged=lambda: signals.acknowledged) as world,
         deterministic(options.deterministic),
+        tf32(options.precision == "tf32"),
     ):
         options = prepare(preset, options, world)
         preset, data = open_data(preset, options, world)
@@ -139,7 +140,7 @@ def evaluate_epoch(state: State, data: Data, world: World, signals: Signals) -> 
     world.share_buffers(state.evaluated)
     state.evaluated.eval()
     return evaluate(
-        Classifier(state.checkpoint(), device=world.device),
+        Classifier(state.checkpoint(), device=world.device, precision=state.precision),
         data.eval_loader,
         count=data.num_eval,
         batch_size=data.eval_batch,

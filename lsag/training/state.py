@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from lsag.checkpoint import Checkpoint, check_weights
-from lsag.config import Preset, changed_keys, validated
+from lsag.config import Precision, Preset, changed_keys, validated
 from lsag.errors import InputError, UsageError, is_out_of_memory
 from lsag.inference.evaluate import Metrics
 from lsag.training.events import Epoch
@@ -83,8 +83,8 @@ class State:
     """Fingerprint of the images."""
     steps_per_epoch: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
-    """Type of matrix products under autocast."""
+    precision: Precision = "fp32"
+    """Of matrix products."""
     num_slices: int = 1
     """Slices of a batch, over all ranks."""
     num_ranks: int = 1
@@ -132,8 +132,7 @@ class State:
     @property
     def numerics(self) -> dict[str, Any]:
         """What the rounding of the results depends on, beside the preset."""
-        precision = str(self.dtype).removeprefix("torch.")
-        return {"slices": self.num_slices, "ranks": self.num_ranks, "precision": precision}
+        return {"slices": self.num_slices, "ranks": self.num_ranks, "precision": self.precision}
 
     def finish_epoch(self, metrics: Metrics, rates: dict[str, float]) -> Epoch:
         """Count the current epoch as done, with what its evaluation found; a row of metrics.jsonl."""

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lsag.config import Preset
 from lsag.data.loading import random_key
-from lsag.device import autocast
+from lsag.device import DTYPES, autocast
 from lsag.distributed.world import World, lost_peers
 from lsag.failpoints import failpoint
 from lsag.training.events import StepRow
@@ -123,7 +123,7 @@ class TrainStep:
         last = index == self.slices[-1]
         waits = isinstance(net, DistributedDataParallel) and not last
         with net.no_sync() if waits else contextlib.nullcontext(), lost_peers():  # type: ignore[operator]
-            with autocast(device, state.dtype):
+            with autocast(device, DTYPES[state.precision]):
                 logits = net(images)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing) / len(self.slices)
             if failpoint("after_forward"):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lsag.checkpoint import save_checkpoint
 from lsag.data.transforms import Normalize
+from lsag.device import DTYPES, tf32
 from lsag.errors import UsageError
 from lsag.inference.classifier import Classifier, open_model
 from lsag.inference.export import export_onnx, made_up_images
@@ -39,12 +40,33 @@ def test_a_checkpoint_and_its_graph_are_used_alike(checkpoint, files):
         assert not logits.requires_grad
 
 
-def test_precision_is_that_of_matrix_products(checkpoint):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions_round_a_copy_of_the_weights_once(checkpoint, precision):
     images = made_up_images(4, checkpoint)
-    exact, rounded = Classifier(checkpoint)(images), Classifier(checkpoint, precision="bf16")(images)
-    assert exact.dtype == torch.float32 and torch.equal(exact, Classifier(checkpoint, precision="fp32")(images))
-    assert not torch.equal(exact, rounded.float())
-    torch.testing.assert_close(exact, rounded.float(), rtol=0.1, atol=0.1 * exact.abs().max().item())
+    exact, classifier = Classifier(checkpoint), Classifier(checkpoint, precision=precision)
+    assert exact.model is checkpoint.model and exact.precision == "fp32"
+    assert {weight.dtype for weight in classifier.model.parameters()} == {DTYPES[precision]}
+    assert {weight.dtype for weight in checkpoint.model.parameters()} == {torch.float32}
+    logits, rounded = exact(images), classifier(images)
+    assert rounded.dtype == torch.float32 and not torch.equal(logits, rounded)
+    torch.testing.assert_close(logits, rounded, rtol=0.1, atol=0.1 * logits.abs().max().item())
+
+
+def test_tf32_is_refused_without_a_gpu_that_has_it(checkpoint):
+    with pytest.raises(UsageError, match="tf32 is a precision of NVIDIA GPUs, and this is cpu"):
+        Classifier(checkpoint, precision="tf32")
+
+
+def test_tf32_is_on_only_where_it_is_wanted():
+    def state():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = state()
+    with tf32(False):
+        assert state() == (False, False)
+        with tf32(True):
+            assert state() == (True, True)
+    assert state() == before
 
 
 @pytest.mark.parametrize(

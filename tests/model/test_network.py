@@ -121,6 +121,24 @@ def test_a_recomputed_local_block_keeps_no_hidden_layer(monkeypatch, mkl_is_slow
             assert found is not (recompute or (mkl_is_slow and lsag.model.cpu._onednn is not None))
 
 
+def test_variants_can_be_kept_in_the_type_of_autocast():
+    model, batch = randomise(LSAG(small_config(drop_path=0.0))), images(3, small_config())
+    config = model.config
+    variants = 3 * config.grid_sizes[0] ** 2 * config.num_variants * config.stages[0].embed_dim
+    exact, found = model(batch), []
+    for fp32 in (True, False):
+        model.stages[0].blocks[0].fp32_variants = fp32
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(lambda saved: found.append(saved) or saved, lambda saved: saved),
+        ):
+            logits = model(batch)
+        torch.testing.assert_close(logits.float(), exact, rtol=0, atol=0.1 * exact.std().item())
+        large = {saved.dtype for saved in found if saved.numel() == variants}
+        assert large == ({torch.float32, torch.bfloat16} if fp32 else {torch.bfloat16})
+        found.clear()
+
+
 def test_extending_and_rolling_differ_only_for_kernel_9():
     rolled, extended = CONFIGS["kernel 9, rolled"], CONFIGS["kernel 9, extended"]
     batch = images(2, rolled)

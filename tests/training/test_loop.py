@@ -57,6 +57,18 @@ def test_a_run_leaves_what_it_promises(tmp_path, two_epochs):
     assert again.metrics.top1 == rows[1]["top1"] and again.metrics.loss == pytest.approx(rows[1]["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_model_is_evaluated_in_the_precision_of_the_run(tmp_path, tiny_preset, precision):
+    run(tiny_preset, tmp_path / "run", precision=precision)
+    (row,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    loss = {
+        each: evaluate_file(tmp_path / "run/best.pt", data_dir=tmp_path, device="cpu", precision=each).metrics.loss
+        for each in ("fp32", "bf16")
+    }
+    assert loss["fp32"] != loss["bf16"] == pytest.approx(loss["fp32"], rel=0.01)
+    assert row["eval_loss"] == pytest.approx(loss[precision], rel=1e-6)
+
+
 def test_the_best_epoch_is_kept(tmp_path, two_epochs, monkeypatch):
     import lsag.training.loop as module
 
