@@ -2,7 +2,13 @@
 
 import os
 import platform
+import resource
 from pathlib import Path
+
+from lsag.errors import UnavailableError
+
+MIN_ADDRESS_SPACE = 2**32
+"""Bytes of addresses without which torch and what it loads do not start."""
 
 
 def available_cores() -> int:
@@ -23,3 +29,17 @@ def processor() -> str:
 def memory() -> int:
     """Bytes of memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_address_space() -> None:
+    """UnavailableError if the limit on this process's addresses, `ulimit -v`, leaves too few to import torch."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return
+    # Where OpenBLAS finds no memory for a thread, it tries for ever.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if limit < MIN_ADDRESS_SPACE:
+        raise UnavailableError(
+            f"this shell limits memory to {limit / 2**30:.1f} GiB (ulimit -v), too little to load PyTorch",
+            "ulimit -v unlimited",
+        )

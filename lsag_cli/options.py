@@ -2,23 +2,22 @@
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from lsag import config
 from lsag.config import Preset, parse_overrides
-from lsag.distributed.launch import launched
 from lsag.errors import OutputError, UsageError
 from lsag.inference import providers
 from lsag.inference.providers import check_model
+from lsag.machine import check_address_space
 from lsag.presets import load_preset, preset_names
 from lsag_cli.output import erase_status, note, status
+from lsag_cli.start import stopping_at_once
 
 if TYPE_CHECKING:
     from lsag.inference.classifier import Classifier
@@ -88,24 +87,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 
 @contextlib.contextmanager
 def loading(text: str = "loading PyTorch") -> Iterator[None]:
-    """Around slow imports: a terminal shows `text`, and SIGINT and SIGTERM end the process at once.
-
-    An exception raised by a signal in the middle of an import may surface anywhere, or nowhere.
-    """
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        if not launched():  # the launcher reports it
-            erase_status()
-            os.write(2, f"lsag: error: stopped by {signal.Signals(number).name} before it started\n".encode())
-        os._exit(128 + number)
-
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with status(text):
-            yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    """Around slow imports: a terminal shows `text`, and SIGINT and SIGTERM end the process at once."""
+    check_address_space()
+    with stopping_at_once(erase_status), status(text):
+        yield
 
 
 def renamed(value: T | None, old: str, new: str, default: T) -> T:

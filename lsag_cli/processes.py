@@ -89,7 +89,7 @@ def lsag_command() -> list[str]:
 
     `python -m lsag_cli` would put the current folder first on the path, and run a queue.py that happens to be in it.
     """
-    start = f"import sys; sys.path[:] = {sys.path}; from lsag_cli.app import main; main()"
+    start = f"import sys; sys.path[:] = {sys.path}; from lsag_cli.__main__ import main; main()"
     return [sys.executable, *subprocess._args_from_interpreter_flags(), "-c", start]  # type: ignore[attr-defined]
 
 

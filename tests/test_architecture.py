@@ -11,9 +11,9 @@ from tests.conftest import ROOT
 # Lower rooms first. A package or file imports only from itself and from levels below its own.
 LEVELS = (
     ("errors",),
-    ("failpoints", "device", "machine"),
+    ("failpoints", "machine"),
     ("files", "config"),
-    ("presets", "plots"),
+    ("device", "presets", "plots"),
     ("model", "data"),
     ("checkpoint", "distributed", "timm_models"),
     ("inference", "convert"),

@@ -70,7 +70,7 @@ def test_a_second_interrupt_leaves_at_once(server, arguments, tmp_path):
 @pytest.mark.faults
 def test_a_signal_in_the_first_seconds_ends_the_command(arguments, tmp_path):
     """While Python, torch and the data are loaded there is nothing to save, and nothing to wait for."""
-    for index, delay in enumerate((0.4, 0.8, 1.5, 2.5, 4)):
+    for index, delay in enumerate((0.2, 0.4, 0.8, 1.5, 2.5, 4)):
         for number in (signal.SIGTERM, signal.SIGINT):
             cwd = tmp_path / f"{index}-{number}"
             cwd.mkdir()
