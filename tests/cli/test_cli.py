@@ -83,9 +83,7 @@ def test_eval_export_and_eval_of_the_export_agree(trained, lsag):
     assert rows[0] == ["image", "label", "predicted"] and len(rows) == 361
     assert result["top1"] == sum(label == guess for _, label, guess in rows[1:]) / 360
     assert np.trace(result["confusion"]) == round(result["top1"] * 360)
-    refused = lsag("export", "--onnx", cwd=folder)
-    assert_refused(refused, 6, "best.onnx exists", "--force")
-    assert lsag("export", "--onnx", "--force", cwd=folder).returncode == 0
+    assert_refused(lsag("export", "--onnx", cwd=folder), 6, "best.onnx exists", "--force")
 
 
 def test_train_json_is_one_object(lsag):
@@ -331,18 +329,20 @@ def test_files_that_exist_are_not_written_over(lsag, tmp_path):
 
 def test_force_writes_over_files(trained, lsag, tmp_path):
     best = trained[0] / "runs/first/best.pt"
-    for name in ("a.png", "a.csv", "b.csv", "c.png"):
+    files = ("a.png", "a.csv", "b.csv", "c.png", "d.safetensors")
+    for name in files:
         (tmp_path / name).write_text("old")
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     bench = ["bench", "digits-nano", "--rounds", "1", "--batch", "1", "--device", "cpu", "--plot", "c.png"]
     for command in (
         ["eval", best, "--plot", "a.png", "--predictions", "a.csv"],
         ["predict", best, "image.png", "--csv", "b.csv"],
+        ["export", best, "--safetensors", "--out", "d.safetensors"],
         bench,
     ):
         done = lsag(*command, "--force")
         assert done.returncode == 0, done.stderr
-    assert "old" not in [(tmp_path / name).read_text(errors="replace") for name in ("a.png", "a.csv", "b.csv", "c.png")]
+    assert "old" not in [(tmp_path / name).read_text(errors="replace") for name in files]
     # The picture that eval makes unasked is its own to renew.
     assert lsag("eval", best).returncode == lsag("eval", best).returncode == 0
 

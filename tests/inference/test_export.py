@@ -72,9 +72,8 @@ def test_other_shapes_export_too(tmp_path, changes):
     assert export_onnx(checkpoint, tmp_path / "a.onnx").max_difference < 1e-4
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ("c", "ii") else pytest.param(name, marks=pytest.mark.slow) for name in ABLATIONS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_export(tmp_path, name):
     preset = load_preset("cifar-nano").model_copy(update={"model": small_config(**ABLATIONS[name])})
     checkpoint = random_checkpoint(preset)
@@ -91,10 +90,9 @@ def test_a_graph_that_differs_is_not_published(tmp_path, tiny_preset, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_both_opsets_are_written_and_read_back(tmp_path, tiny_preset):
-    checkpoint = random_checkpoint(tiny_preset)
-    for opset in OPSETS:
-        done = export_onnx(checkpoint, tmp_path / f"{opset}.onnx", opset=opset)
+def test_both_opsets_are_written_and_read_back(exported, tmp_path):
+    checkpoint, newest = exported
+    for opset, done in ((23, newest), (20, export_onnx(checkpoint, tmp_path / "20.onnx", opset=20))):
         graph = onnx.load(done.path)
         assert [entry.version for entry in graph.opset_import if not entry.domain] == [opset] == [done.opset]
         fused = [node for node in graph.graph.node if node.op_type == "Attention"]
@@ -158,7 +156,8 @@ REDUCED = {
 }
 
 
-@pytest.mark.parametrize("opset", [20, pytest.param(23, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", OPSETS)
 def test_a_narrow_model_of_table_2_exports(tmp_path, opset, monkeypatch):
     monkeypatch.setattr("lsag.inference.export.CHECKED_BATCHES", (1, 2, 5))
     done = export_onnx(random_checkpoint(load_preset("in1k-small", REDUCED)), tmp_path / "a.onnx", opset=opset)

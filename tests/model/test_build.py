@@ -171,7 +171,7 @@ def test_explain_is_for_lsag():
         explain(random_checkpoint(cifar("resnet10t")), None)
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_a_resumed_run_has_its_running_statistics(tmp_path, preset, ema):
     preset = changed(preset, {"train.ema_decay": ema})
     run(preset, tmp_path / "whole")
@@ -230,6 +230,7 @@ def test_ranks_evaluate_with_the_same_statistics(lsag, tmp_path, ema):
     assert alone["top1"] == together["top1"] and alone["loss"] == pytest.approx(together["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_from_training_to_a_graph(lsag, tmp_path):
     spec = "timm:test_resnet"
     settings = ["--set=train.warmup_epochs=0", "--set=model.drop_path=0.0", "--set=train.epochs=3"]

@@ -277,6 +277,7 @@ def test_a_failed_training_is_an_error_also_as_json(lsag, folder):
     assert json.loads(done.stdout)["ok"] is False
 
 
+@pytest.mark.slow
 def test_the_papers_setting_states_its_cost_and_waits_for_yes(lsag, tmp_path):
     done = lsag("reproduce", "--table=6", "--scale=full", "--rows=I", "--seeds=1", "--device=cpu", "--out=out")
     lines = done.stderr.splitlines()
