@@ -89,3 +89,60 @@ def test_another_gpu_is_chosen_by_its_number(on_stubs, tmp_path):
     command = ("-m", "lsag_cli", "bench", "digits-nano", tmp_path / "a.onnx", "--device", "cuda:1", "--rounds", "1")
     found = json.loads(on_stubs(*command, "--json", environment=two))["groups"][0]
     assert found["device"] == "cuda:1" and [one["precision"] for one in found["results"]] == ["bf16", "fp32"]
+
+
+CALLS = """
+import collections, ctypes, json, os, re, sys, torch
+from pathlib import Path
+from lsag import load_preset
+from lsag.checkpoint import random_checkpoint
+from lsag.device import autocast
+from lsag.inference.classifier import Classifier
+from lsag.inference.export import made_up_images
+core, log = ctypes.CDLL(os.environ["CUDA_STUB"]), Path(sys.argv[1])
+checkpoint = random_checkpoint(load_preset("cifar-tiny", {"model.stages": json.loads(sys.argv[2])}))
+images = made_up_images(64, checkpoint)
+
+def counted(run):
+    run()
+    core.fake_log(bytes(log))
+    run()
+    core.fake_log(b"")
+    lines = [line.split() for line in log.read_text().splitlines()]
+    log.unlink()
+    found = collections.Counter(kind for kind, *_ in lines)
+    tf32 = {"math3", "comp77"}  # as cuBLAS and cuBLASLt number it
+    products = [line for line in lines if line[0] == "GEMM"]
+    gemms = {(re.search("types([0-9]+)", " ".join(line))[1], bool(tf32 & {*line})) for line in products}
+    waits = [line for line in lines if line[0] == "SYNC" or line[:2] == ["MEMCPY", "sync"]]
+    return {"kernels": found["KERNEL"], "gemms": sorted(gemms), "waits": len(waits)}
+
+for precision in ("fp32", "tf32", "bf16", "fp16"):
+    classifier = Classifier(checkpoint, device="cuda", precision=precision).eval()
+    print(json.dumps(counted(lambda: classifier(images))))
+model, pixels = checkpoint.model.cuda().train(), torch.zeros(64, 3, 32, 32, device="cuda")
+
+def step():
+    with autocast(pixels.device, torch.bfloat16):
+        logits = model(pixels)
+    logits.float().sum().backward()
+
+block = model.stages[0].blocks[0]
+for block.recompute, block.chunk_bytes in ((False, 2**16), (False, None), (True, 2**16), (True, None)):
+    print(json.dumps(counted(step)))
+"""
+
+
+def test_what_is_launched_and_waited_for(on_stubs, tmp_path):
+    *inference, in_chunks, whole, recomputed_in_chunks, recomputed = map(
+        json.loads, on_stubs("-c", CALLS, tmp_path / "log", json.dumps(NARROW["cifar-tiny"])).splitlines()
+    )
+    fp32, fp16, bf16 = "0", "2", "14"  # CUDA's numbers
+    expected = [[[fp32, False]], [[fp32, True]], [[bf16, False]], [[fp16, False]]]
+    assert [each["gemms"] for each in inference] == expected
+    assert {each["kernels"] for each in inference} == {inference[0]["kernels"]}, (
+        "weights are rounded once, not at a call"
+    )
+    assert not any(each["waits"] for each in inference), "nothing waits before the logits are read"
+    assert in_chunks == whole, "chunks save nothing where everything is kept"
+    assert recomputed["kernels"] < recomputed_in_chunks["kernels"]
