@@ -104,6 +104,8 @@ def _write(folder, preset):
 
 # Losses of three epochs of a network that learns. A change that should not alter numbers leaves them equal.
 GOLDEN = ((2.27568, 2.20906), (2.15923, 1.96517), (1.99382, 1.85596))
+if torch.__version__.startswith("2.11."):  # draws other initial weights
+    GOLDEN = ((2.28205, 2.21470), (2.16589, 1.98240), (2.00914, 1.87360))
 
 
 def test_golden_losses(tmp_path):
