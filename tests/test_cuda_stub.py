@@ -24,7 +24,7 @@ for path in sys.argv[1:]:
     session = Session(path, provider="cuda")
     size, channels = session.preset.model.image_size, session.preset.model.in_channels
     session(torch.zeros(3, channels, size, size, dtype=torch.uint8))
-    options = session.session.get_provider_options()["CUDAExecutionProvider"]
+    options = session.runtime.session.get_provider_options()["CUDAExecutionProvider"]
     print(json.dumps([session.nodes_by_provider(), options["use_tf32"]]))
 """
 
@@ -85,7 +85,7 @@ def test_another_gpu_is_chosen_by_its_number(on_stubs, tmp_path):
         "print(open_model(sys.argv[1], device='cuda:1').device_name)"
     )
     assert on_stubs("-c", opened, tmp_path / "a.pt", environment=two) == "cuda:1\n"
-    assert on_stubs("-c", opened, tmp_path / "a.onnx", environment=two).endswith("CUDAExecutionProvider, GPU 1\n")
+    assert on_stubs("-c", opened, tmp_path / "a.onnx", environment=two).endswith("CUDAExecutionProvider, GPU 1, fp32\n")
     command = ("-m", "lsag_cli", "bench", "digits-nano", tmp_path / "a.onnx", "--device", "cuda:1", "--rounds", "1")
     found = json.loads(on_stubs(*command, "--json", environment=two))["groups"][0]
     assert found["device"] == "cuda:1" and [one["precision"] for one in found["results"]] == ["bf16", "fp32"]
