@@ -159,7 +159,7 @@ class OpenVINO:
         try:
             self._compiled = core.compile_model(core.read_model(graph.data), "CPU", options)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]  # the lines before it are places in OpenVINO's source
+            reason = str(error).strip().splitlines()[-1].lstrip("- ")  # the first lines are places in its source
             raise UnavailableError(
                 f"OpenVINO cannot run {graph.name} in {precision}: {reason}",
                 "use --provider cpu" if precision != "bf16" else "use --precision fp32",
