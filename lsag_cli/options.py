@@ -76,7 +76,7 @@ Precision = Annotated[
 ]
 ModelPrecision = Annotated[
     config.Precision | None,
-    typer.Option("--precision", help="Precision of matrix products.", show_default="fp32; a graph has its own"),
+    typer.Option("--precision", help="Precision of matrix products.", show_default="fp32, or the graph's own"),
 ]
 Recompute = Annotated[
     config.Recompute,

@@ -15,8 +15,15 @@ from lsag.inference.providers import OPSETS, openvino_version
 from lsag.presets import preset_names
 from tests.conftest import ROOT, shared
 
-ALL = [pytest.param(name, marks=pytest.mark.full_size) for name in preset_names()]
-SOME = [pytest.param(name, marks=pytest.mark.cuda_stub) for name in ("digits-nano", "cifar-tiny", "in1k-small")]
+SOME = ("digits-nano", "cifar-tiny", "in1k-small")
+EVERY = [
+    pytest.param(name, marks=pytest.mark.cuda_stub if name in SOME else pytest.mark.full_size)
+    for name in preset_names()
+]
+NARROW = [
+    {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_kv_heads": 1},
+    {"embed_dim": 48, "depth": 1, "num_heads": 6, "num_kv_heads": 1},
+]
 OPEN = """
 import json, sys, torch
 from lsag.inference.session import Session
@@ -72,7 +79,7 @@ def on_stubs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", [*SOME, *ALL])
+@pytest.mark.parametrize("name", EVERY)
 def test_every_node_is_placed(on_stubs, tmp_path, name, monkeypatch):
     monkeypatch.setattr("lsag.inference.export.CHECKED_BATCHES", (1,))
     checkpoint = random_checkpoint(narrow(name))
@@ -163,9 +170,10 @@ for block.recompute, block.chunk_bytes in ((False, 2**16), (False, None), (True,
 """
 
 
+@pytest.mark.cuda_stub
 def test_what_is_launched_and_waited_for(on_stubs, tmp_path):
     *inference, in_chunks, whole, recomputed_in_chunks, recomputed = map(
-        json.loads, on_stubs("-c", CALLS, tmp_path / "log", json.dumps(NARROW["cifar-tiny"])).splitlines()
+        json.loads, on_stubs("-c", CALLS, tmp_path / "log", json.dumps(NARROW)).splitlines()
     )
     fp32, fp16, bf16 = "0", "2", "14"  # CUDA's numbers
     expected = [[[fp32, False]], [[fp32, True]], [[bf16, False]], [[fp16, False]]]
