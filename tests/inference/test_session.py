@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import onnx
 import onnxruntime
@@ -23,8 +24,10 @@ from lsag.inference.providers import (
     describe_installation,
     distributions,
     how_to_fix,
+    load_libraries,
     torch_cuda,
 )
+from lsag.inference.runtimes import _engine_cache
 from lsag.inference.session import Session
 from lsag.machine import multiplies_bf16
 from tests.conftest import assert_refused
@@ -161,6 +164,30 @@ def test_the_driver_is_looked_for_without_torch():
 def test_two_onnxruntimes_are_the_first_thing_to_fix(monkeypatch):
     monkeypatch.setattr("lsag.inference.providers.distributions", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
     assert how_to_fix("cuda").startswith("pip uninstall -y onnxruntime onnxruntime-gpu")
+
+
+def test_tensorrt_is_loaded_from_its_package_or_asked_for(monkeypatch, tmp_path):
+    (tmp_path / "tensorrt.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    load_libraries("tensorrt")
+    assert sys.modules.pop("tensorrt").__file__ == str(tmp_path / "tensorrt.py")
+    for name, value in (("distributions", {"onnxruntime-gpu": "1"}), ("onnxruntime_cuda", "13"), ("torch_cuda", "13")):
+        monkeypatch.setattr(f"lsag.inference.providers.{name}", lambda value=value: value)
+    monkeypatch.setattr("lsag.inference.providers.driver_version", lambda: "1")
+    monkeypatch.setattr("lsag.inference.providers.missing_library", lambda provider: "libnvinfer.so.10")
+    assert how_to_fix("tensorrt") == "pip install 'tensorrt-cu13<11'"
+
+
+def test_tensorrt_keeps_an_engine_for_each_content_of_a_file(graph, tmp_path):
+    path = tmp_path / "a.onnx"
+    path.write_bytes(graph.read_bytes())
+    kept = read_graph(path)
+    options = _engine_cache(kept)
+    assert options["trt_engine_cache_path"] == f"{path}.trt"
+    other = _engine_cache(replace(kept, data=kept.data + b"0"))
+    assert options["trt_engine_cache_prefix"] != other["trt_engine_cache_prefix"]
+    assert _engine_cache(read_graph(path.read_bytes())) == {}
 
 
 def test_bits_that_flip_and_files_that_are_cut_are_refused(graph, tmp_path):
