@@ -133,15 +133,14 @@ def bench(
 
     Inference is a forward pass as the product runs it, with the batch already on the device; training is forward,
     cross-entropy, backward and an AdamW step, with `recompute` as in lsag.train for lsag's own models. `precision` is
-    that of models; a graph has the one that it was exported with. `keep_memory`
-    is that of `choose_device`, for all contenders alike. `on_round` is called with the number of rounds done.
+    that of models and of graphs in OpenVINO; another graph has the one that it was exported with. `keep_memory` is that
+    of `choose_device`, for all contenders alike. `on_round` is called with the number of rounds done.
     UsageError for what cannot be measured in this way.
     """
     used = choose_device(device, keep_memory=keep_memory)
     if threads:
         torch.set_num_threads(threads)
-    chosen = choose_precision(used, precision)
-    contenders = [open_contender(spec, mode=mode, device=used, precision=chosen, threads=threads) for spec in specs]
+    contenders = [open_contender(spec, mode=mode, device=used, precision=precision, threads=threads) for spec in specs]
     _set_up(contenders, precision=precision, compile=compile, recompute=recompute)
     batches = [Turn(make_run(contender, mode, batch_size, used)) for contender in contenders]
     singles = [
@@ -187,10 +186,10 @@ def bench(
 
 def _set_up(contenders: Sequence[Contender], *, precision: str, compile: bool, recompute: Recompute) -> None:
     """Compile all models, and let lsag's own recompute."""
-    if precision != "auto" and all(contender.model is None for contender in contenders):
+    if precision != "auto" and not any(each.model or each.name.startswith("openvino:") for each in contenders):
         raise UsageError("a graph has the precision it was exported with", "remove --precision")
     if compile and all(contender.model is None for contender in contenders):
-        raise UsageError("there is nothing to compile: .onnx graphs run in onnxruntime", "remove --compile")
+        raise UsageError("there is nothing to compile: .onnx graphs run in other runtimes", "remove --compile")
     for contender in contenders:
         if compile and contender.model is not None:
             contender.model.compile()
@@ -215,7 +214,7 @@ def open_contender(
     *,
     mode: Mode = "inference",
     device: torch.device,
-    precision: str = "fp32",
+    precision: Precision = "auto",
     threads: int | None = None,
 ) -> Contender:
     """A preset's name or file, a checkpoint, an .onnx file, or `timm:NAME`.
@@ -223,15 +222,20 @@ def open_contender(
     The prefix `plain:` takes the released formulation of LSAG, `compiled:` compiles with torch. `,KEY=VALUE` after a
     preset are settings of it, after a name of timm's arguments. Presets and timm's models have random weights.
     A graph gets images that are already on the device, as models do; `host:` includes copying them there and the
-    logits back. UsageError or InputError for what is none of these.
+    logits back, and `openvino:` runs it in OpenVINO instead of onnxruntime, in `precision`. UsageError or InputError
+    for what is none of these.
     """
     kind, _, rest = spec.partition(":")
     if spec.endswith(".onnx"):
         if mode == "training":
             raise UsageError(f"{spec} is a graph, which cannot be trained", "choose a preset or a checkpoint")
-        graph = Session(
-            rest if kind == "host" else spec, provider=device.type, device_id=device.index or 0, threads=threads
-        )
+        if kind == "openvino":
+            if device.type != "cpu":
+                raise UsageError(f"{spec} runs on the CPU", "--device cpu")
+            graph = Session(rest, provider="openvino", precision=precision, threads=threads)
+        else:
+            file = rest if kind == "host" else spec
+            graph = Session(file, provider=device.type, device_id=device.index or 0, threads=threads)
         total = count_model(graph.preset.model)
         return Contender(spec, graph.precision, image_shape(graph.preset.model), total.params, total.macs_run, graph)
     model: nn.Module
@@ -252,6 +256,7 @@ def open_contender(
             if not isinstance(model, LSAG):
                 raise UsageError(f"{spec}: only LSAG has a released formulation", "remove plain:")
             model = as_released(model)
+    precision = choose_precision(device, precision)
     params = sum(parameter.numel() for parameter in model.parameters())
     model, macs = model.train(mode == "training"), count_macs(model, shape)
     model = model.to(device, DTYPES[precision] if mode == "inference" else torch.float32)

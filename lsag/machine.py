@@ -18,12 +18,21 @@ def available_cores() -> int:
 
 def processor() -> str:
     """The processor's name, such as "AMD EPYC 9354P 32-Core Processor"."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor has instructions for bf16; always False where there is no /proc/cpuinfo, and on ARM."""
+    return any(flag in _cpuinfo("flags").split() for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def _cpuinfo(key: str) -> str:
+    """What Linux says first about a processor under `key`; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 def memory() -> int:

@@ -1,4 +1,4 @@
-"""Exported graphs in onnxruntime."""
+"""Exported graphs in onnxruntime or OpenVINO."""
 
 from lsag.inference.providers import PROVIDERS
 from lsag.inference.session import Session

@@ -51,9 +51,9 @@ def bench(
     contenders: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Presets, checkpoints, .onnx files (host:FILE includes copies to and from the device), timm:NAME, "
-            "plain:PRESET (the released formulation), compiled:PRESET; presets and timm models accept settings, as "
-            "NAME,KEY=VALUE. Ratios are relative to the first.",
+            help="Presets, checkpoints, .onnx files (host:FILE includes copies to and from the device, openvino:FILE "
+            "is run by OpenVINO), timm:NAME, plain:PRESET (the released formulation), compiled:PRESET; presets and "
+            "timm models accept settings, as NAME,KEY=VALUE. Ratios are relative to the first.",
             show_default=" ".join(DEFAULT),
         ),
     ] = None,

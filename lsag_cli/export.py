@@ -111,6 +111,8 @@ def export(
         runs_from = {"oldest_onnxruntime": OPSETS[done.opset]}
         print_json("export", path=str(done.path), preset=source.preset.name, **figures, **runs_from)
         return
+    for line in done.notes:
+        note(line)
     if checkpoint is not None:
         note(f"exported from {checkpoint} (epoch {source.epoch} of {source.preset.train.epochs})")
     takes = "normalised float32 images" if raw_input else "uint8 images"
@@ -119,8 +121,10 @@ def export(
         f"(onnxruntime {OPSETS[done.opset]} or newer), {done.bytes / 1e6:.1f} MB"
     )
     say(
-        f"verified against PyTorch at batch {', '.join(map(str, done.batches))}: "
-        f"logits within {done.max_difference:.1g}, same top-1 for {done.same_top1} of {done.compared} images"
+        f"verified with {' and '.join(done.differences)} against PyTorch at batch "
+        f"{', '.join(map(str, done.batches))}: "
+        f"logits within {' and '.join(f'{value:.1g}' for value in done.differences.values())}, "
+        f"same top-1 for {done.same_top1} of {done.compared} images"
     )
     if checkpoint is not None:
         say(eval_command(done.path, source.preset))

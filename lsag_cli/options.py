@@ -56,7 +56,9 @@ Device = Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.")]
 Provider = Annotated[
     providers.Provider | None,
     typer.Option(
-        help="For .onnx graphs: execution provider; auto falls back to the CPU with a warning.", show_default="auto"
+        help="For .onnx graphs: what runs them. auto is CUDA, else, with a note, OpenVINO where it is installed, else "
+        "onnxruntime's CPU.",
+        show_default="auto",
     ),
 ]
 Profile = Annotated[
@@ -74,7 +76,7 @@ Precision = Annotated[
 ]
 ModelPrecision = Annotated[
     config.Precision | None,
-    typer.Option("--precision", help="Precision of matrix products.", show_default="fp32; a graph has its own"),
+    typer.Option("--precision", help="Precision of matrix products.", show_default="fp32, or the graph's own"),
 ]
 Recompute = Annotated[
     config.Recompute,
@@ -154,7 +156,7 @@ def check_options(
 
 
 def note_fallback(model: "Classifier | Session") -> None:
-    """A line on stderr for a graph that runs on the CPU because CUDA did not load."""
+    """A line on stderr for a graph that runs on the CPU because what "auto" prefers did not load."""
     if reason := getattr(model, "fallback_reason", ""):
         note(f"running on the CPU ({reason})")
 

@@ -10,6 +10,7 @@ from lsag.bench import PEERS, bench, count_macs, open_contender, timm_contender
 from lsag.checkpoint import random_checkpoint, save_checkpoint
 from lsag.errors import UsageError
 from lsag.inference.export import export_onnx
+from lsag.machine import multiplies_bf16
 from lsag.model.flops import count
 from tests.conftest import assert_refused
 
@@ -29,6 +30,7 @@ def files(tmp_path_factory, tiny_preset):
 def test_every_kind_of_contender_is_measured(files, tiny_preset):
     heard = []
     specs = [*map(str, files), f"plain:{files[0]}", "timm:test_vit,img_size=32", f"host:{files[1]}"]
+    specs.append(f"openvino:{files[1]}")
     done = bench(specs, batch_size=2, device="cpu", rounds=2, threads=1, on_round=heard.append)
     assert heard == [0, 1, 2] and done.threads == 1 and list(done.matrix_rates) == ["fp32"]
     ours, graph, released, *_ = done.results
@@ -114,6 +116,17 @@ def test_each_contender_has_its_own_precision(files):
 def test_a_precision_that_nothing_would_have_is_refused(files):
     with pytest.raises(UsageError, match="exported with"):
         bench([str(files[1])], device="cpu", precision="bf16", rounds=1, threads=1)
+
+
+@pytest.mark.skipif(not multiplies_bf16(), reason="needs a processor that multiplies bf16")
+def test_openvino_obeys_the_precision_that_other_graphs_keep(files):
+    specs = [f"openvino:{files[1]}", str(files[1])]
+    done = bench(specs, batch_size=2, device="cpu", precision="bf16", rounds=1, threads=1)
+    assert [one.precision for one in done.results] == ["bf16", "fp32"] and set(done.matrix_rates) == {"bf16", "fp32"}
+    with pytest.raises(UsageError, match="no provider runs an fp32 graph in fp16"):
+        bench(specs[:1], device="cpu", precision="fp16", rounds=1)
+    with pytest.raises(UsageError, match="runs on the CPU — --device cpu"):
+        open_contender(specs[0], device=torch.device("meta"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from lsag.checkpoint import Checkpoint, load_checkpoint
 from lsag.config import Precision
 from lsag.data.transforms import Normalize, check_images, eval_transform
 from lsag.device import DTYPES, choose_device, choose_precision, tf32
-from lsag.inference.providers import check_model
+from lsag.inference.providers import check_model, graph_provider
 from lsag.inference.session import Session
 
 
@@ -64,6 +64,10 @@ def open_model(
     """
     check_model(path, device=device, provider=provider, precision=precision)
     if Path(path).suffix == ".onnx":
-        kind, _, index = device.partition(":")
-        return Session(path, provider=provider or kind, device_id=int(index or 0))
+        return Session(
+            path,
+            provider=graph_provider(device, provider),
+            precision=precision,
+            device_id=int(device.partition(":")[2] or 0),
+        )
     return Classifier(load_checkpoint(path), device=choose_device(device), precision=precision or "fp32")

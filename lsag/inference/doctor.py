@@ -19,9 +19,10 @@ from lsag.inference.providers import (
     how_to_fix,
     missing_library,
     onnxruntime_cuda,
+    openvino_version,
     torch_cuda,
 )
-from lsag.machine import available_cores, memory, processor
+from lsag.machine import available_cores, memory, multiplies_bf16, processor
 
 Purpose = Literal["train", "gpu-inference"]
 BOTH: tuple[Purpose, ...] = ("train", "gpu-inference")
@@ -43,7 +44,8 @@ class Finding:
 def examine(data_dir: Path, out: Path) -> Iterator[Finding]:
     """Examine everything, including datasets in `data_dir` and the disk of `out`; nothing is downloaded."""
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
-    yield Finding("processor", f"{processor()}, {available_cores()} cores, {memory() / 2**30:.0f} GiB of memory")
+    bf16 = ", multiplies bf16" if multiplies_bf16() else ""
+    yield Finding("processor", f"{processor()}, {available_cores()} cores{bf16}, {memory() / 2**30:.0f} GiB of memory")
     packages = []
     for name in ("torch", "torchvision", "timm", "onnx", "onnxscript"):
         packages.append(_package(name))
@@ -51,6 +53,7 @@ def examine(data_dir: Path, out: Path) -> Iterator[Finding]:
     if not packages[0].problem:
         yield from _torch()
         yield from _onnxruntime()
+    yield _openvino()
     if not any(package.problem for package in packages[:3]):
         for dataset in [*DATASETS, "folder"]:
             yield _dataset(dataset, data_dir)
@@ -114,23 +117,41 @@ def _onnxruntime() -> Iterator[Finding]:
             yield Finding(provider, value)
 
 
-def try_provider(provider: str) -> str:
-    """Run a graph of one node on an execution provider of onnxruntime; the reason if that fails, else empty."""
-    import numpy as np
-    import onnxruntime
+def _openvino() -> Finding:
+    found = openvino_version()
+    if found is None:
+        return Finding("OpenVINO", "not installed: pip install 'lsag[openvino]'")
+    try:
+        import openvino
+
+        core = openvino.Core()
+        core.compile_model(core.read_model(one_node()), "CPU")
+    except Exception as error:  # a broken installation may raise anything
+        return Finding("OpenVINO", f"{found} does not run: {first_line(error)}")
+    return Finding("OpenVINO", f"{found} runs")
+
+
+def one_node() -> bytes:
+    """A graph that adds `x` to itself."""
     from onnx import TensorProto, helper
 
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "one", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return model.SerializeToString()
+
+
+def try_provider(provider: str) -> str:
+    """Run a graph of one node on an execution provider of onnxruntime; the reason if that fails, else empty."""
+    import numpy as np
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if provider != "CPUExecutionProvider":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session: Any = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=[provider], enable_fallback=0
-        )
+        session: Any = onnxruntime.InferenceSession(one_node(), options, providers=[provider], enable_fallback=0)
         if session.get_providers()[0] != provider:
             return "onnxruntime chose another provider instead"
         (result,) = session.run(None, {"x": np.ones(2, np.float32)})

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lsag.checkpoint import Checkpoint, weights_digest
 from lsag.config import ModelConfig
-from lsag.errors import CheckError, UsageError, first_line
+from lsag.errors import CheckError, UnavailableError, UsageError, first_line
 from lsag.files import replacing
 from lsag.inference.classifier import Classifier
-from lsag.inference.providers import OPSETS, Opset
-from lsag.inference.session import FORMAT, METADATA_KEY, Session, sealed
+from lsag.inference.graph import FORMAT, METADATA_KEY, sealed
+from lsag.inference.providers import OPSETS, Opset, openvino_version
+from lsag.inference.session import Session
 
 CHECKED_BATCHES = (1, 2, 5, 64)
 CHECKED_BYTES = 2**30
@@ -26,23 +27,27 @@ CHECKED_BYTES = 2**30
 TIMM_CHANNELS = 64
 """The largest tensor of a timm model is unknown; few have more channels at the resolution of the image."""
 TOLERANCE = 1e-4
-"""Largest accepted difference of a logit between onnxruntime and PyTorch, both on the CPU in fp32."""
+"""Largest accepted difference of a logit between a runtime and PyTorch, both on the CPU in fp32."""
 
 
 @dataclass(frozen=True)
 class Exported:
     """The file, its opset as read back, and how it agreed with PyTorch at the batch sizes `batches`.
 
-    `max_difference` is the largest difference of a logit; `same_top1` of `compared` images got the same class in both.
+    `differences` are the largest ones of a logit in onnxruntime and, where that is installed, OpenVINO;
+    `max_difference` is the larger. `same_top1` of `compared` images got the same class everywhere. `notes` says why
+    OpenVINO cannot run the graph, if so.
     """
 
     path: Path
     opset: int
     bytes: int
     batches: tuple[int, ...]
+    differences: dict[str, float]
     max_difference: float
     same_top1: int
     compared: int
+    notes: tuple[str, ...]
 
 
 class _Graph(Classifier):
@@ -56,7 +61,8 @@ class _Graph(Classifier):
         self.raw_input = raw_input
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images if self.raw_input else self.normalize(images.permute(0, 3, 1, 2))
+        # TensorRT takes uint8 only if the first operator is a cast.
+        images = images if self.raw_input else self.normalize(images.float().permute(0, 3, 1, 2))
         return self.model(images.to(self.dtype)).float()
 
 
@@ -75,8 +81,8 @@ def export_onnx(
     Input `images`: uint8 (B, image_size, image_size, C), resized and cropped, or with `raw_input` normalised float32
     (B, C, image_size, image_size). Output `logits`: float32 (B, num_classes). B is dynamic, or fixed as `batch`. With
     `half` the graph computes in fp16. `on_verify` is called before the graph is verified. UsageError for another opset.
-    CheckError, and no file, if torch cannot export the network, if onnxruntime's logits differ from PyTorch's by more
-    than 1e-4, or in fp16 if they are not finite.
+    CheckError, and no file, if torch cannot export the network, if the logits of onnxruntime or OpenVINO differ from
+    PyTorch's by more than 1e-4, or in fp16 if they are not finite.
     """
     if opset not in OPSETS:
         raise UsageError(f"opset {opset} is not supported", f"use one of: {', '.join(map(str, OPSETS))}")
@@ -116,23 +122,39 @@ def export_onnx(
     onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(metadata)})
     contents = sealed(graph.SerializeToString())
     on_verify()
-    session, reference, differences, same = Session(contents), Classifier(checkpoint).eval(), [], 0
     batches = (batch,) if batch else checked_batches(checkpoint)
-    for size in batches:
-        pixels = made_up_images(size, checkpoint)
-        logits, expected = session(pixels), reference(pixels)
-        differences.append((logits - expected).abs().max())
-        same += int((logits.argmax(1) == expected.argmax(1)).sum())
-    difference = torch.stack(differences).max().item()
-    if not difference <= (float("inf") if half else TOLERANCE) or difference == float("inf"):
-        what = "gives logits that are not finite" if half else f"differs from PyTorch by {difference:.2g}"
-        raise CheckError(
-            f"the graph {what} in onnxruntime (up to {TOLERANCE:g} in fp32 is accepted); {path} was not written",
-            "export it without --precision fp16" if half else "report this as a bug",
-        )
+    images, reference = [made_up_images(size, checkpoint) for size in batches], Classifier(checkpoint).eval()
+    expected = torch.cat([reference(each) for each in images])
+    differences, agree, notes = {}, torch.ones(len(expected), dtype=torch.bool), []
+    for provider in ("cpu", "openvino") if openvino_version() else ("cpu",):
+        try:
+            session = Session(contents, provider=provider)
+        except UnavailableError as error:
+            notes.append(str(error))
+            continue
+        logits, runtime = torch.cat([session(each) for each in images]), session.runtime.name.split()[0]
+        difference = (logits - expected).abs().max().item()
+        if not difference <= (float("inf") if half else TOLERANCE) or difference == float("inf"):
+            what = "gives logits that are not finite" if half else f"differs from PyTorch by {difference:.2g}"
+            raise CheckError(
+                f"the graph {what} in {runtime} (up to {TOLERANCE:g} in fp32 is accepted); {path} was not written",
+                "export it without --precision fp16" if half else "report this as a bug",
+            )
+        differences[runtime] = difference
+        agree &= logits.argmax(1) == expected.argmax(1)
     with replacing(path) as file:
         file.write(contents)
-    return Exported(path, opset, len(contents), batches, difference, same, sum(batches))
+    return Exported(
+        path=path,
+        opset=opset,
+        bytes=len(contents),
+        batches=batches,
+        differences=differences,
+        max_difference=max(differences.values()),
+        same_top1=int(agree.sum()),
+        compared=len(agree),
+        notes=tuple(notes),
+    )
 
 
 def checked_batches(checkpoint: Checkpoint) -> tuple[int, ...]:

@@ -1,18 +1,26 @@
-"""What can be asked of a model, and what onnxruntime needs for it. Nothing here imports torch, which takes seconds."""
+"""What can be asked of a model, and what running it needs for it. Nothing here imports torch, which takes seconds."""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
 import re
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lsag.config import Precision
 from lsag.errors import UnavailableError, UsageError
 from lsag.files import read_bytes
 
-Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
+Provider = Literal["auto", "cpu", "openvino", "cuda", "tensorrt"]
+AUTO = ("cuda", "openvino", "cpu")
+"""What "auto" tries, in this order."""
+PRECISIONS = {"cuda": ("fp32", "tf32"), "openvino": ("fp32", "bf16"), "cpu": ("fp32",), "tensorrt": ("tf32",)}
+"""What each provider can compute a graph in that was exported in fp32, its default first; fp16 remains fp16.
+
+onnxruntime cannot turn off TensorRT's TF32.
+"""
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -26,7 +34,7 @@ OPSETS: dict[int, str] = {20: "1.18", 23: "1.23"}
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 """Packages that install a module named onnxruntime. Two of them in one environment break each other."""
 
-PACKAGES = {"libcurand": "nvidia-curand", "libcudnn": "nvidia-cudnn-cu13", "libnvinfer": "tensorrt-cu13"}
+PACKAGES = {"libcurand": "nvidia-curand", "libcudnn": "nvidia-cudnn-cu13", "libnvinfer": "'tensorrt-cu13<11'"}
 """The package of a library that onnxruntime's providers need; the other libraries come with torch."""
 
 
@@ -48,16 +56,52 @@ def check_model(
         on_gpu = provider in ("cuda", "tensorrt")
         if provider == "auto" or on_gpu != device.startswith("cuda"):
             raise UsageError(f"--device {device} contradicts --provider {provider}", "give one of them")
-    if graph and precision not in (None, "auto"):
-        raise UsageError(
-            f"--precision is for checkpoints; {path} has the precision it was exported with",
-            "lsag export CKPT --onnx --precision fp16",
-        )
     read_bytes(path, what="graph" if graph else "checkpoint", size=0)
-    if provider in ("cuda", "tensorrt"):
-        check_driver(provider)
-    elif graph and device.startswith("cuda"):
-        check_driver("cuda")
+    if graph:
+        provider = graph_provider(device, provider)
+        # What the file was exported in is not known yet.
+        choose_providers(provider, precision, "fp16" if precision == "fp16" else "fp32")
+        if provider in ("cuda", "tensorrt"):
+            check_driver(provider)
+
+
+def graph_provider(device: str, provider: str | None) -> str:
+    """The provider of a graph: the one that was named, or the one that `device` means."""
+    kind = device.partition(":")[0]
+    if provider is None and kind == "cpu":
+        return "openvino" if openvino_version() else "cpu"
+    return provider or kind
+
+
+def choose_providers(provider: str, precision: str | None, exported: str) -> dict[str, str]:
+    """The providers to try in turn, each with what it computes in: `precision`, or None or "auto" for its default.
+
+    `exported` is the precision that the graph was exported in. UsageError if nothing fits.
+    """
+    if provider not in get_args(Provider):
+        raise UsageError(f"unknown provider '{provider}'", f"use one of: {', '.join(get_args(Provider))}")
+    offered = {name: choices if exported == "fp32" else (exported,) for name, choices in PRECISIONS.items()}
+    if precision not in (None, "auto"):
+        offered = {name: (precision,) for name, choices in offered.items() if precision in choices}
+    named = [name for name in (AUTO if provider == "auto" else (provider,)) if name in offered]
+    if not named:
+        other = "fp16" if precision == "fp16" else "fp32"
+        raise UsageError(
+            f"{f'the provider {provider} does not run' if offered else 'no provider runs'}"
+            f" an {exported} graph in {precision}",
+            f"use --provider {next(iter(offered))}" if offered else f"lsag export CKPT --onnx --precision {other}",
+        )
+    if len(named) > 1 and not openvino_version():
+        named.remove("openvino")
+    return {name: offered[name][0] for name in named}
+
+
+def openvino_version() -> str | None:
+    """The version of OpenVINO; None if it is not installed."""
+    try:
+        return importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_driver(provider: str) -> None:
@@ -123,6 +167,16 @@ def onnxruntime_cuda() -> str | None:
     return getattr(onnxruntime, "cuda_version", None) or None
 
 
+def load_libraries(provider: str) -> None:
+    """Load what onnxruntime's "cuda" or "tensorrt" needs from the packages installed; import torch before."""
+    import onnxruntime
+
+    onnxruntime.preload_dlls()
+    if provider == "tensorrt":
+        with contextlib.suppress(ImportError, OSError):
+            import tensorrt  # noqa: F401
+
+
 def missing_library(provider: str) -> str | None:
     """The first shared library that onnxruntime's "cuda" or "tensorrt" needs and does not find; None if all are found.
 
@@ -130,7 +184,7 @@ def missing_library(provider: str) -> str | None:
     """
     import onnxruntime
 
-    onnxruntime.preload_dlls()
+    load_libraries(provider)
     path = Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{provider}.so"
     try:
         ctypes.CDLL(str(path))

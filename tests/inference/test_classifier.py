@@ -32,7 +32,7 @@ def test_a_checkpoint_and_its_graph_are_used_alike(checkpoint, files):
     expected = checkpoint.model(Normalize(checkpoint.preset.data)(made_up_images(3, checkpoint)))
     for model in (open_model(files / "a.pt", device="cpu"), open_model(files / "a.onnx", provider="cpu")):
         assert model.preset == checkpoint.preset and model.classes == checkpoint.classes
-        assert model.device_name in ("cpu", "onnxruntime CPUExecutionProvider")
+        assert model.device_name in ("cpu", "onnxruntime CPUExecutionProvider, fp32")
         pixels = model.transform(image)
         assert (pixels.dtype, pixels.shape) == (torch.uint8, (1, 8, 8))
         logits = model(made_up_images(3, checkpoint))
@@ -99,11 +99,13 @@ def test_the_mode_of_the_model_is_left_alone(checkpoint):
         assert checkpoint.model.training == training
 
 
-@pytest.mark.parametrize(("options", "words"), [({"device": "mps"}, "cuda:N"), ({"precision": "fp16"}, "checkpoints")])
+@pytest.mark.parametrize(
+    ("options", "words"), [({"device": "mps"}, "cuda:N"), ({"precision": "fp16"}, "fp32 graph in fp16")]
+)
 def test_options_of_checkpoints_are_refused_for_graphs(files, options, words):
     with pytest.raises(UsageError, match=words):
         open_model(files / "a.onnx", **options)
-    assert open_model(files / "a.onnx", device="cpu").provider == "cpu"
+    assert open_model(files / "a.onnx", device="cpu").provider == "openvino"
     with pytest.raises(UsageError, match=r"--provider is for \.onnx graphs"):
         open_model(files / "a.pt", provider="cpu")
 
@@ -113,7 +115,7 @@ def test_the_commands_take_a_precision(lsag, files, tmp_path):
     for command in (["predict", files / "a.pt", "a.png"], ["explain", files / "a.pt", "a.png"]):
         assert lsag(*command, "--precision", "bf16").returncode == 0
     assert_refused(
-        lsag("predict", files / "a.onnx", "a.png", "--precision", "bf16"), 2, "--precision is for checkpoints"
+        lsag("predict", files / "a.onnx", "a.png", "--precision", "bf16", "--provider", "cpu"), 2, "--provider openvino"
     )
 
 
@@ -133,7 +135,7 @@ for line in sys.stdin:
     code, *words = line.split()
     sys.argv = ["lsag", *words]
     assert run() == int(code), line
-    assert not {"torch", "timm", "onnx", "onnxruntime"} & set(sys.modules), line
+    assert not {"torch", "timm", "onnx", "onnxruntime", "openvino"} & set(sys.modules), line
 """
 COMMANDS = """
 3 eval nothere.pt
@@ -148,7 +150,7 @@ COMMANDS = """
 3 predict a.pt *.jpg
 2 eval a.pt --dataset nope
 2 eval a.pt --provider cuda
-2 eval a.onnx --precision fp16
+2 eval a.onnx --device cpu --precision tf32
 2 predict a.pt x --profile
 2 export a.pt --onnx --opset 17
 2 export a.pt --onnx --out a.pt

@@ -1,4 +1,6 @@
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -10,11 +12,20 @@ from lsag.inference.doctor import examine, try_provider
 def test_what_is_there_is_found_by_trying(folder):
     found = {finding.name: finding for finding in examine(folder, folder / "runs")}
     assert found["torch"].value == torch.__version__.split("+")[0] and not found["torch"].problem
-    assert found["CPUExecutionProvider"].value == "runs"
+    assert found["CPUExecutionProvider"].value == "runs" and re.fullmatch(r"[\d.]+ runs", found["OpenVINO"].value)
+    assert ("multiplies bf16" in found["processor"].value) == lsag.inference.doctor.multiplies_bf16()
     assert found["folder"].value.startswith("8 training images of 2 classes")
     assert found["cifar10"].value.startswith("no cifar10 in")
     assert "GB free" in found["disk"].value
     assert not (folder / "runs").exists()
+
+
+def test_openvino_is_no_problem_where_it_is_absent_or_broken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    finding = lsag.inference.doctor._openvino()
+    assert "does not run: import of openvino halted" in finding.value and not finding.problem
+    monkeypatch.setattr(lsag.inference.doctor, "openvino_version", lambda: None)
+    assert lsag.inference.doctor._openvino().value == "not installed: pip install 'lsag[openvino]'"
 
 
 def test_a_provider_is_run_not_asked(monkeypatch):

@@ -1,5 +1,6 @@
 import json
 from itertools import product
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -10,7 +11,7 @@ import torch
 from lsag import load_preset
 from lsag.checkpoint import Checkpoint, random_checkpoint
 from lsag.data.transforms import Normalize
-from lsag.errors import CheckError, UsageError
+from lsag.errors import CheckError, UnavailableError, UsageError
 from lsag.inference.export import checked_batches, export_onnx, made_up_images
 from lsag.inference.providers import OPSETS
 from lsag.inference.session import Session
@@ -82,12 +83,29 @@ def test_ablations_export(tmp_path, name):
     assert done.max_difference < 1e-4 and Session(done.path).preset == preset
 
 
-def test_a_graph_that_differs_is_not_published(tmp_path, tiny_preset, monkeypatch):
+@pytest.mark.parametrize("runtime", ["onnxruntime", "OpenVINO"])
+def test_a_graph_that_differs_is_not_published(tmp_path, tiny_preset, monkeypatch, runtime):
     original = Session.__call__
-    monkeypatch.setattr(Session, "__call__", lambda self, images: original(self, images) + 0.001)
-    with pytest.raises(CheckError, match=r"differs from PyTorch by 0.001"):
+    monkeypatch.setattr(
+        Session, "__call__", lambda self, images: original(self, images) + 0.001 * (runtime in self.device_name)
+    )
+    with pytest.raises(CheckError, match=rf"differs from PyTorch by 0.001 in {runtime}"):
         export_onnx(random_checkpoint(tiny_preset), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_openvino_cannot_run_is_written_with_a_note(exported, tmp_path, monkeypatch):
+    checkpoint, whole = exported
+    assert list(whole.differences) == ["onnxruntime", "OpenVINO"] and whole.notes == ()
+    said = "OpenVINO cannot run the graph in fp32: no such operator"
+    monkeypatch.setattr("lsag.inference.session.OpenVINO", Mock(side_effect=UnavailableError(said)))
+    done = export_onnx(checkpoint, tmp_path / "a.onnx")
+    assert done.path.exists() and list(done.differences) == ["onnxruntime"] and done.notes == (said,)
+
+
+def test_the_first_operator_is_a_cast(exported):
+    """Of uint8, TensorRT takes nothing else."""
+    assert [node.op_type for node in onnx.load(exported[1].path).graph.node if "images" in node.input] == ["Cast"]
 
 
 def test_both_opsets_are_written_and_read_back(exported, tmp_path):

@@ -2,7 +2,11 @@
 
 import json
 import random
+import re
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import onnx
 import onnxruntime
@@ -13,15 +17,19 @@ from onnx import TensorProto, helper
 from lsag.checkpoint import save_checkpoint
 from lsag.errors import InputError, UnavailableError, UsageError
 from lsag.inference.export import export_onnx, made_up_images
+from lsag.inference.graph import read_graph, sealed
 from lsag.inference.providers import (
     PROVIDERS,
     check_driver,
     describe_installation,
     distributions,
     how_to_fix,
+    load_libraries,
     torch_cuda,
 )
-from lsag.inference.session import Session, sealed
+from lsag.inference.runtimes import _engine_cache
+from lsag.inference.session import Session
+from lsag.machine import multiplies_bf16
 from tests.conftest import assert_refused
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which CUDA does not load")
@@ -49,9 +57,9 @@ def write(graph, tmp_path):
 
 
 def test_it_says_where_it_runs(graph, checkpoint):
-    for provider in ("cpu", "auto"):
+    for provider in ("cpu", "openvino", "auto"):
         session = Session(graph, provider=provider)
-        assert session.provider == "cpu" or torch.cuda.is_available()
+        assert session.provider == provider or provider == "auto"
         assert session.preset == checkpoint.preset and session.input["dtype"] == "uint8"
     nodes = Session(graph).nodes_by_provider()
     assert set(nodes) == {"CPUExecutionProvider"} and nodes["CPUExecutionProvider"] > 20
@@ -70,11 +78,12 @@ def test_a_gpu_is_never_replaced_by_the_cpu(graph, provider, monkeypatch):
     monkeypatch.setattr("lsag.inference.session.check_driver", lambda provider: None)
     with pytest.raises(UnavailableError, match="ExecutionProvider"):
         Session(graph, provider=provider)
-    assert Session(graph, provider="auto").provider == "cpu"
+    assert Session(graph, provider="auto").provider in ("cpu", "openvino")
 
 
 @NO_CUDA
 def test_auto_says_why_it_took_the_cpu(graph, monkeypatch, capfd):
+    monkeypatch.setattr("lsag.inference.providers.openvino_version", lambda: None)
     monkeypatch.setattr("lsag.inference.session.has_driver", lambda: False)
     session = Session(graph, provider="auto")
     assert (session.provider, session.fallback_reason) == ("cpu", "no NVIDIA driver found")
@@ -90,8 +99,8 @@ def test_auto_says_why_it_took_the_cpu(graph, monkeypatch, capfd):
     )
     # The package for GPUs, which falls back in silence for want of a library, or says so.
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [PROVIDERS["cuda"], PROVIDERS["cpu"]])
-    monkeypatch.setattr("lsag.inference.session.missing_library", lambda provider: "libcudnn.so.9")
-    monkeypatch.setattr("lsag.inference.session.how_to_fix", lambda provider: "pip install nvidia-cudnn-cu13")
+    monkeypatch.setattr("lsag.inference.runtimes.missing_library", lambda provider: "libcudnn.so.9")
+    monkeypatch.setattr("lsag.inference.runtimes.how_to_fix", lambda provider: "pip install nvidia-cudnn-cu13")
     start = onnxruntime.InferenceSession
     on_cpu = {"providers": ["CPUExecutionProvider"]}
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *given, **options: start(*given, **options | on_cpu))
@@ -141,7 +150,7 @@ def test_the_command_fails_at_once_and_names_the_fix(lsag, graph, folder):
         done = lsag("eval", graph, "--device", device, "--provider", provider)
         assert_refused(done, 2, f"--device {device} contradicts --provider {provider}")
     done = lsag("predict", graph, folder, "--device", "cpu")
-    assert done.returncode == 0 and "CPUExecutionProvider" in done.stdout and done.stderr == "", done.stderr
+    assert done.returncode == 0 and "OpenVINO" in done.stdout and done.stderr == "", done.stderr
 
 
 @NO_CUDA
@@ -155,6 +164,30 @@ def test_the_driver_is_looked_for_without_torch():
 def test_two_onnxruntimes_are_the_first_thing_to_fix(monkeypatch):
     monkeypatch.setattr("lsag.inference.providers.distributions", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
     assert how_to_fix("cuda").startswith("pip uninstall -y onnxruntime onnxruntime-gpu")
+
+
+def test_tensorrt_is_loaded_from_its_package_or_asked_for(monkeypatch, tmp_path):
+    (tmp_path / "tensorrt.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    load_libraries("tensorrt")
+    assert sys.modules.pop("tensorrt").__file__ == str(tmp_path / "tensorrt.py")
+    for name, value in (("distributions", {"onnxruntime-gpu": "1"}), ("onnxruntime_cuda", "13"), ("torch_cuda", "13")):
+        monkeypatch.setattr(f"lsag.inference.providers.{name}", lambda value=value: value)
+    monkeypatch.setattr("lsag.inference.providers.driver_version", lambda: "1")
+    monkeypatch.setattr("lsag.inference.providers.missing_library", lambda provider: "libnvinfer.so.10")
+    assert how_to_fix("tensorrt") == "pip install 'tensorrt-cu13<11'"
+
+
+def test_tensorrt_keeps_an_engine_for_each_content_of_a_file(graph, tmp_path):
+    path = tmp_path / "a.onnx"
+    path.write_bytes(graph.read_bytes())
+    kept = read_graph(path)
+    options = _engine_cache(kept)
+    assert options["trt_engine_cache_path"] == f"{path}.trt"
+    other = _engine_cache(replace(kept, data=kept.data + b"0"))
+    assert options["trt_engine_cache_prefix"] != other["trt_engine_cache_prefix"]
+    assert _engine_cache(read_graph(path.read_bytes())) == {}
 
 
 def test_bits_that_flip_and_files_that_are_cut_are_refused(graph, tmp_path):
@@ -307,12 +340,100 @@ def test_what_was_checked_is_what_runs(graph, tmp_path, monkeypatch, checkpoint)
     """A file that is swapped after it was read changes nothing."""
     path = tmp_path / "model.onnx"
     path.write_bytes(graph.read_bytes())
-    check = Session._check
 
-    def swap(self, name):
-        check(self, name)
+    def swap(name):
+        checked = read_graph(name)
         path.write_bytes(b"something else")
+        return checked
 
-    monkeypatch.setattr(Session, "_check", swap)
-    assert Session(path)(made_up_images(2, checkpoint)).isfinite().all()
-    assert path.read_bytes() == b"something else"
+    monkeypatch.setattr("lsag.inference.session.read_graph", swap)
+    for provider in ("cpu", "openvino"):
+        path.write_bytes(graph.read_bytes())
+        assert Session(path, provider=provider)(made_up_images(2, checkpoint)).isfinite().all()
+        assert path.read_bytes() == b"something else"
+
+
+def test_openvino_gives_the_same_logits(graph, checkpoint):
+    images = made_up_images(3, checkpoint)
+    expected, session = Session(graph)(images), Session(graph, provider="openvino", threads=1)
+    torch.testing.assert_close(session(images), expected, rtol=0, atol=1e-5)
+    with ThreadPoolExecutor(4) as pool:  # several threads may call at a time
+        for found in pool.map(session, [images] * 8):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert session.precision == "fp32" and re.fullmatch(r"OpenVINO [\d.]+ CPU, fp32", session.device_name)
+    assert session.nodes_by_provider()["OpenVINO"] > 20
+    session.bind(images)()
+
+
+@pytest.mark.skipif(not multiplies_bf16(), reason="needs a processor that multiplies bf16")
+def test_openvino_computes_in_bf16_where_asked(lsag, graph, checkpoint, folder):
+    images = made_up_images(3, checkpoint)
+    for provider in ("openvino", "auto"):
+        coarse = Session(graph, provider=provider, precision="bf16")
+        assert (coarse.provider, coarse.precision, coarse.fallback_reason) == ("openvino", "bf16", "")
+        assert 1e-3 < (coarse(images) - Session(graph)(images)).abs().max() < 0.5
+    done = lsag("eval", graph, "--provider", "openvino", "--precision", "bf16", "--profile", "--json")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    found = json.loads(done.stdout)
+    assert found["device"].endswith("CPU, bf16") and list(found["nodes"]) == ["OpenVINO"]
+
+
+def test_a_graph_of_fp16_remains_one(checkpoint, tmp_path, monkeypatch):
+    half = export_onnx(checkpoint, tmp_path / "half.onnx", half=True, batch=2).path
+    images = made_up_images(3, checkpoint)
+    session = Session(half, provider="openvino")
+    assert session.precision in ("fp16", "fp32")  # fp32 on a processor without fp16
+    torch.testing.assert_close(session(images), Session(half)(images), rtol=0, atol=0.05)
+    with pytest.raises(UsageError, match="no provider runs an fp16 graph in bf16 — lsag export"):
+        Session(half, provider="openvino", precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("provider", "precision", "said"),
+    [
+        ("cpu", "bf16", "the provider cpu does not run an fp32 graph in bf16 — use --provider openvino"),
+        ("openvino", "tf32", "the provider openvino does not run an fp32 graph in tf32 — use --provider cuda"),
+        ("tensorrt", "fp32", "the provider tensorrt does not run an fp32 graph in fp32 — use --provider cuda"),
+        ("auto", "fp16", "no provider runs an fp32 graph in fp16 — lsag export CKPT --onnx --precision fp16"),
+    ],
+)
+def test_a_precision_that_a_provider_lacks_is_refused(graph, provider, precision, said, monkeypatch):
+    monkeypatch.setattr("lsag.inference.session.check_driver", lambda provider: None)
+    with pytest.raises(UsageError) as caught:
+        Session(graph, provider=provider, precision=precision)
+    assert str(caught.value) == said
+
+
+def test_auto_prefers_openvino_to_the_cpu(graph, monkeypatch):
+    monkeypatch.setattr("lsag.inference.session.has_driver", lambda: False)
+    session = Session(graph, provider="auto")
+    assert (session.provider, session.fallback_reason) == ("openvino", "no NVIDIA driver found")
+    import openvino
+
+    def fail(*given):
+        raise RuntimeError("Exception from core.cpp:117:\nException from plugin.cpp:54:\nno such operator\n\n")
+
+    monkeypatch.setattr(openvino.Core, "compile_model", fail)
+    said = f"OpenVINO cannot run {graph} in fp32: no such operator — use --provider cpu"
+    session = Session(graph, provider="auto")
+    assert (session.provider, session.fallback_reason) == ("cpu", f"no NVIDIA driver found; {said}")
+    with pytest.raises(UnavailableError) as caught:
+        Session(graph, provider="openvino")
+    assert str(caught.value) == said
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr("lsag.inference.runtimes.openvino_version", lambda: None)
+    with pytest.raises(UnavailableError, match=r"OpenVINO is not installed — pip install 'lsag\[openvino\]'"):
+        Session(graph, provider="openvino")
+
+
+def test_the_commands_refuse_a_precision_too(lsag, graph, folder):
+    assert_refused(lsag("eval", graph, "--provider", "openvino", "--precision", "tf32"), 2, "use --provider cuda")
+    assert_refused(lsag("eval", graph, "--provider", "cuda", "--precision", "bf16"), 2, "use --provider openvino")
+    assert_refused(lsag("eval", graph, "--device", "cuda", "--provider", "openvino"), 2, "contradicts")
+
+
+def test_a_cuda_graph_needs_a_fixed_batch(graph, monkeypatch):
+    monkeypatch.setattr("lsag.inference.session.check_driver", lambda provider: None)
+    for provider in ("cpu", "cuda"):
+        with pytest.raises(UsageError, match="a CUDA graph needs provider='cuda' and a fixed batch size"):
+            Session(graph, provider=provider, cuda_graph=True)
