@@ -36,7 +36,7 @@ import lsag.inference.export
 from lsag import load_preset
 from lsag.bench import MATRIX_SIZE, PEERS, Contender, Mode, Turn, make_run, open_contender, take_turns, tensor_memory
 from lsag.checkpoint import random_checkpoint
-from lsag.device import DTYPES, autocast, choose_device
+from lsag.device import DTYPES, choose_device, tf32
 from lsag.errors import TerminatedError, first_line
 from lsag.inference.classifier import Classifier
 from lsag.inference.export import export_onnx, made_up_images
@@ -55,8 +55,9 @@ CPU = torch.device("cpu")
 TABLE_2 = ("cifar-tiny", "in1k-tiny", "in1k-small", "cifar-small", "cifar-base")
 RELEASE_GPUS = 8
 """The release cut its batches over so many."""
-PREDICTED_GIB = {"cifar-tiny": 39.3, "in1k-tiny": 33.7, "in1k-small": 41.7}
-"""Peak memory of a training step in bf16 with the preset's whole batch, as CUDA's stub libraries predict it."""
+PREDICTED_GIB = {"cifar-tiny": (39.2, 14.1, 7.5), "in1k-tiny": (33.2, 18.9, 11.9), "in1k-small": (41.3, 31.7, 12.3)}
+"""Peaks of a training step in bf16 with the whole batch, as stub libraries count them; in the order of RECOMPUTE."""
+RECOMPUTE = ("none", "local", "all")
 STOP_SECONDS = 20
 """Time for a training to save its step and stop."""
 
@@ -128,7 +129,7 @@ class Lab:
 
     def open(self, spec: str, dtype: str, *, mode: Mode = "inference", change: Change | None = None) -> Contender:
         """A model, changed by `change`."""
-        contender = open_contender(spec, mode=mode, device=self.device, dtype=DTYPES[dtype])
+        contender = open_contender(spec, mode=mode, device=self.device, precision=dtype)
         if change and contender.model:
             change(contender.model)
         return contender
@@ -168,7 +169,10 @@ class Lab:
                 low, median, high = np.quantile(turn.seconds, [0.25, 0.5, 0.75]).tolist()
                 macs = contender.macs * batch * (3 if mode == "training" else 1)
                 figures = {"images_per_second": batch / median, "milliseconds": 1000 * median}
-                figures |= {"spread": (high - low) / 2 / median, "share": macs / median / self.rates[dtype]}
+                figures |= {
+                    "spread": (high - low) / 2 / median,
+                    "share": macs / median / self.rates[contender.precision],
+                }
                 yield name, figures | {"gib": memory / 2**30} | (known or {}).get(name, {})
 
         return Task(what, list(contenders), run, batch, dtype, seconds)
@@ -188,7 +192,7 @@ def correctness(lab: Lab) -> Iterator[Task]:
     yield one("tests", "pytest -m gpu", partial(run_tests, lab), seconds=180)
     for dtype in ("bf16", "fp16", "fp32"):
         yield one("a whole training", "digits-nano", partial(train_digits, lab, dtype), dtype=dtype, seconds=45)
-    for dtype, name in product(("fp32", "bf16", "fp16"), lab.presets(*preset_names())):
+    for dtype, name in product(("fp32", "tf32", "bf16", "fp16"), lab.presets(*preset_names())):
         measured = partial(deviations, name, lab.device, dtype)
         yield one("compared with the CPU in fp32", name, measured, batch=2, dtype=dtype, seconds=20)
 
@@ -216,10 +220,10 @@ def deviations(spec: str, device: torch.device, dtype: str) -> Figures:
     contender, found = open_contender(spec, device=CPU), []
     images = torch.randn(2, *contender.shape, generator=torch.Generator().manual_seed(0))
     for place, precision in ((CPU, "fp32"), (device, dtype)):
-        model = copy.deepcopy(contender.model).to(place)  # type: ignore[union-attr]
-        with autocast(place, DTYPES[precision]):
-            logits = model(images.to(place)).float()
-        F.cross_entropy(logits, torch.arange(2, device=place)).backward()
+        model = copy.deepcopy(contender.model).to(place, DTYPES[precision])  # type: ignore[union-attr]
+        with tf32(precision == "tf32"):
+            logits = model(images.to(place, DTYPES[precision])).float()
+            F.cross_entropy(logits, torch.arange(2, device=place)).backward()
         gradients = [weight.grad.cpu() for weight in model.parameters() if weight.grad is not None]
         found.append((logits.detach().cpu(), gradients))
     (expected, wanted), (logits, gradients) = found
@@ -238,7 +242,10 @@ def onnxruntime(lab: Lab) -> Iterator[Task]:
     def contender(*graph: Any, **options: Any) -> Contender:
         path = str(files[graph].result())
         opened = open_contender(path, device=lab.device)
-        return replace(opened, classify=Session(path, provider=lab.device.type, **options)) if options else opened
+        if not options:
+            return opened
+        session = Session(path, provider=lab.device.type, **options)
+        return replace(opened, classify=session, precision=session.precision)
 
     try:
         for name, opset, dtype, _ in graphs:
@@ -298,10 +305,11 @@ def training(lab: Lab) -> Iterator[Task]:
         opened = partial(lab.open, dtype="bf16", mode="training")
         contenders: dict[str, Callable[[], Contender]] = {
             f"recompute {which}": partial(opened, name, change=partial(set_recompute, recompute=which))
-            for which in ("none", "local", "all")
+            for which in RECOMPUTE
         }
         contenders |= {kind: partial(opened, f"{kind}:{name}") for kind in ("plain", "compiled")[: 2 - lab.quick]}
-        known = {"recompute none": {"predicted_gib": PREDICTED_GIB.get(name)}} if parts == 1 else {}
+        peaks = zip(RECOMPUTE, PREDICTED_GIB.get(name, ()) if parts == 1 else (), strict=False)
+        known = {f"recompute {which}": {"predicted_gib": peak} for which, peak in peaks}
         what = f"training steps: {name}"
         yield lab.compare(what, contenders, batch, "bf16", mode="training", seconds=120, known=known)
 
@@ -345,13 +353,20 @@ def guesses(lab: Lab) -> Iterator[Task]:
     for factor in (4, 64, 1024):
         size = CHUNK_BYTES * factor // GPU_CHUNK_FACTOR
         changes[f"chunk factor {factor}"] = partial(set_local, "chunk_bytes", size)
-    changes["variants in bf16"] = partial(set_local, "fp32_variants", False)
     for kind in ("FLASH", "CUDNN", "EFFICIENT"):
         changes[f"{kind.lower()} attention"] = partial(attend_with, SDPBackend.__members__[f"{kind}_ATTENTION"])
     cases = list(product([2] if lab.quick else [256, 64], lab.presets(*TABLE_2[:3])))
     for batch, name in cases:
         contenders = {label: partial(lab.open, name, "bf16", change=change) for label, change in changes.items()}
         yield lab.compare(f"variants of {name}", contenders, batch, "bf16", seconds=60)
+    for batch, name in cases:
+        contenders = {
+            f"fp32_variants = {value}": partial(
+                lab.open, name, "bf16", mode="training", change=partial(set_local, "fp32_variants", value)
+            )
+            for value in (True, False)
+        }
+        yield lab.compare(f"types in training of {name}", contenders, batch, "bf16", mode="training", seconds=60)
     for batch, name in cases:
         run = partial(profile_local_block, lab, name, batch)
         yield Task(f"kernels of the local block of {name}", ["all"], run, batch, "bf16")
@@ -373,12 +388,11 @@ def profile_local_block(lab: Lab, name: str, batch: int, _: object) -> Named:
     """The kernels that take most of the local block's time in inference."""
     opened = lab.open(name, "bf16")
     model: Any = opened.model
-    stage, images = model.stages[0], torch.randn(batch, *opened.shape, device=lab.device)
+    stage, images = model.stages[0], torch.randn(batch, *opened.shape, device=lab.device, dtype=opened.dtype)
 
     @torch.inference_mode()
     def run() -> None:
-        with autocast(lab.device, torch.bfloat16):
-            stage.blocks[0](images, model.embed, stage.norm1, stage.norm2)
+        stage.blocks[0](images, model.embed, stage.norm1, stage.norm2)
         if lab.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -398,10 +412,10 @@ PARTS = {1: correctness, 2: onnxruntime, 3: inference, 4: training, 5: whole_tra
 def machine(lab: Lab) -> Figures:
     """What a part runs on, with the machine's own rates, which also go to `lab`."""
     side, size = (128, 2**20) if lab.quick else (MATRIX_SIZE[lab.device.type], 2**30)
-    turns = {
-        name: Turn(partial(torch.matmul, *torch.randn(2, side, side, device=lab.device, dtype=DTYPES[name])))
-        for name in ("fp32", "bf16", "fp16")
-    }
+    turns = {}
+    for name, dtype in DTYPES.items():
+        matrices = torch.randn(2, side, side, device=lab.device, dtype=dtype)
+        turns[name] = Turn(tf32(name == "tf32")(partial(torch.matmul, *matrices)))
     source, target = torch.zeros(2, size, dtype=torch.uint8, device=lab.device)
     copying = Turn(partial(target.copy_, source))
     lab.measure([*turns.values(), copying])
@@ -496,7 +510,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.part is None or options.out is None:
         parser.error("give --part and --out, or --report")
     options.out.mkdir(parents=True, exist_ok=True)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     lab = Lab(options, choose_device(options.device), started + 60 * options.minutes)
     path = options.out / "gpu.jsonl"
     have = {key(record) for record in read([path, *options.have])}
