@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ import lsag.inference.export
 from lsag import load_preset
 from lsag.bench import MATRIX_SIZE, PEERS, Contender, Mode, Turn, make_run, open_contender, take_turns, tensor_memory
 from lsag.checkpoint import random_checkpoint
+from lsag.config import Recompute
 from lsag.device import DTYPES, choose_device, tf32
 from lsag.errors import TerminatedError, first_line
 from lsag.inference.classifier import Classifier
@@ -45,7 +46,7 @@ from lsag.inference.session import Session
 from lsag.machine import available_cores, processor
 from lsag.model.blocks import CHUNK_BYTES, GPU_CHUNK_FACTOR, LocalBlock
 from lsag.model.build import count_model, set_recompute
-from lsag.presets import preset_names
+from lsag.presets import preset_paths
 from lsag.training.events import Epoch, Finished
 from lsag.training.loop import train
 from lsag.training.options import TrainOptions
@@ -56,8 +57,7 @@ TABLE_2 = ("cifar-tiny", "in1k-tiny", "in1k-small", "cifar-small", "cifar-base")
 RELEASE_GPUS = 8
 """The release cut its batches over so many."""
 PREDICTED_GIB = {"cifar-tiny": (39.2, 14.1, 7.5), "in1k-tiny": (33.2, 18.9, 11.9), "in1k-small": (41.3, 31.7, 12.3)}
-"""Peaks of a training step in bf16 with the whole batch, as stub libraries count them; in the order of RECOMPUTE."""
-RECOMPUTE = ("none", "local", "all")
+"""Peaks of a training step in bf16 with the whole batch, as stub libraries count them; for each value of Recompute."""
 STOP_SECONDS = 20
 """Time for a training to save its step and stop."""
 
@@ -76,7 +76,6 @@ COLUMNS = {
     "nodes": ("nodes", "{}"),
     "calls": ("calls", "{:,}"),
     "top1": ("top-1", "{:.2%}"),
-    "best_top1": ("best top-1", "{:.2%}"),
     "data_wait": ("waiting for data", "{:.0%}"),
     "seconds": ("s", "{:,.0f}"),
     "result": ("result", "{}"),
@@ -192,7 +191,7 @@ def correctness(lab: Lab) -> Iterator[Task]:
     yield one("tests", "pytest -m gpu", partial(run_tests, lab), seconds=180)
     for dtype in ("bf16", "fp16", "fp32"):
         yield one("a whole training", "digits-nano", partial(train_digits, lab, dtype), dtype=dtype, seconds=45)
-    for dtype, name in product(("fp32", "tf32", "bf16", "fp16"), lab.presets(*preset_names())):
+    for dtype, name in product(("fp32", "tf32", "bf16", "fp16"), lab.presets(*preset_paths())):
         measured = partial(deviations, name, lab.device, dtype)
         yield one("compared with the CPU in fp32", name, measured, batch=2, dtype=dtype, seconds=20)
 
@@ -212,7 +211,7 @@ def train_digits(lab: Lab, dtype: Any) -> Figures:
     )
     *_, end = train(load_preset("digits-nano", narrow if lab.quick else {}), options)
     assert isinstance(end, Finished)
-    return {"top1": end.last_top1, "best_top1": end.best_top1, "seconds": end.seconds}
+    return {"top1": end.last_top1, "seconds": end.seconds}
 
 
 def deviations(spec: str, device: torch.device, dtype: str) -> Figures:
@@ -305,10 +304,10 @@ def training(lab: Lab) -> Iterator[Task]:
         opened = partial(lab.open, dtype="bf16", mode="training")
         contenders: dict[str, Callable[[], Contender]] = {
             f"recompute {which}": partial(opened, name, change=partial(set_recompute, recompute=which))
-            for which in RECOMPUTE
+            for which in get_args(Recompute)
         }
         contenders |= {kind: partial(opened, f"{kind}:{name}") for kind in ("plain", "compiled")[: 2 - lab.quick]}
-        peaks = zip(RECOMPUTE, PREDICTED_GIB.get(name, ()) if parts == 1 else (), strict=False)
+        peaks = zip(get_args(Recompute), PREDICTED_GIB.get(name, ()) if parts == 1 else (), strict=False)
         known = {f"recompute {which}": {"predicted_gib": peak} for which, peak in peaks}
         what = f"training steps: {name}"
         yield lab.compare(what, contenders, batch, "bf16", mode="training", seconds=120, known=known)
@@ -335,7 +334,7 @@ def train_on_folder(lab: Lab, name: str, _: object) -> Named:
     try:
         for event in train(preset, options):
             if isinstance(event, Finished):
-                yield name, {"top1": event.last_top1, "best_top1": event.best_top1, "seconds": event.seconds}
+                yield name, {"top1": event.last_top1, "seconds": event.seconds}
                 return
             if isinstance(event, Epoch):
                 figures = {key: getattr(event, key) for key in ("images_per_second", "data_wait", "top1", "seconds")}
@@ -359,24 +358,19 @@ def guesses(lab: Lab) -> Iterator[Task]:
     for batch, name in cases:
         contenders = {label: partial(lab.open, name, "bf16", change=change) for label, change in changes.items()}
         yield lab.compare(f"variants of {name}", contenders, batch, "bf16", seconds=60)
-    for batch, name in cases:
-        contenders = {
-            f"fp32_variants = {value}": partial(
-                lab.open, name, "bf16", mode="training", change=partial(set_local, "fp32_variants", value)
-            )
-            for value in (True, False)
-        }
-        yield lab.compare(f"types in training of {name}", contenders, batch, "bf16", mode="training", seconds=60)
+        opened = partial(lab.open, name, "bf16", mode="training")
+        kept = {"variants in fp32": True, "variants in bf16": False}
+        contenders = {kind: partial(opened, change=partial(set_local, "fp32_variants", kept[kind])) for kind in kept}
+        yield lab.compare(f"training steps of {name}", contenders, batch, "bf16", mode="training", seconds=60)
     for batch, name in cases:
         run = partial(profile_local_block, lab, name, batch)
         yield Task(f"kernels of the local block of {name}", ["all"], run, batch, "bf16")
 
 
 def set_local(name: str, value: object, model: nn.Module) -> None:
-    """Set an attribute of the local block. AttributeError if there is none of that name."""
+    """Set an attribute of the local block."""
     for block in model.modules():
         if isinstance(block, LocalBlock):
-            getattr(block, name)
             setattr(block, name, value)
 
 

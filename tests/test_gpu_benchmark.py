@@ -1,6 +1,8 @@
 """benchmarks/gpu.py on the CPU, with one round of a small model: that it runs, goes on after failures, and resumes."""
 
 import json
+import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -62,3 +64,23 @@ def test_a_failure_is_a_record_and_the_part_goes_on(tmp_path, monkeypatch):
 def test_without_time_nothing_begins(tmp_path, capsys):
     assert call(4, tmp_path, "--minutes", 0) == []
     assert "left: training steps: digits-nano, batch 16, bf16: recompute none, " in capsys.readouterr().out
+
+
+def test_a_training_that_runs_out_of_time_is_resumed_elsewhere(folder, monkeypatch, capsys):
+    events = []
+
+    def after_an_epoch(number):
+        events.append(number)
+        if len(events) == 3:  # Started, Step, Epoch
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(gpu, "STOP_SECONDS", 10**6)
+    monkeypatch.setattr(gpu, "signal", SimpleNamespace(SIGTERM=signal.SIGTERM, raise_signal=after_an_epoch))
+    assert [record["contender"] for record in call(5, folder / "first", "--data-dir", folder)] == ["epoch 1"]
+    saved = folder / "first/digits-nano/step-0000000004.pt"
+    assert str(saved) in capsys.readouterr().out
+    monkeypatch.undo()
+    (folder / "carried").mkdir()
+    saved.rename(folder / "carried" / saved.name)
+    records = call(5, folder / "second", "--data-dir", folder, "--run-folder", folder / "carried")
+    assert [record["contender"] for record in records] == ["epoch 2", "digits-nano"]
