@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
 import lsag.inference.export
 from lsag import load_preset
@@ -56,8 +56,12 @@ CPU = torch.device("cpu")
 TABLE_2 = ("cifar-tiny", "in1k-tiny", "in1k-small", "cifar-small", "cifar-base")
 RELEASE_GPUS = 8
 """The release cut its batches over so many."""
-PREDICTED_GIB = {"cifar-tiny": (39.2, 14.1, 7.5), "in1k-tiny": (33.2, 18.9, 11.9), "in1k-small": (41.3, 31.7, 12.3)}
-"""Peaks of a training step in bf16 with the whole batch, as stub libraries count them; for each value of Recompute."""
+PREDICTED_GIB = {
+    "cifar-tiny": {"none": 39.2, "local": 14.1, "all": 7.5},
+    "in1k-tiny": {"none": 33.2, "local": 18.9, "all": 11.9},
+    "in1k-small": {"none": 41.3, "local": 31.7, "all": 12.3},
+}
+"""Peak memory of a training step in bf16 with the whole batch, by --recompute, as stub libraries count it."""
 STOP_SECONDS = 20
 """Time for a training to save its step and stop."""
 
@@ -260,7 +264,7 @@ def onnxruntime(lab: Lab) -> Iterator[Task]:
             if cuda and dtype == "fp32":
                 contenders["opset 23, tf32"] = partial(contender, name, 23, dtype, None, precision="tf32")
             contenders["opset 20"] = partial(contender, name, 20, dtype, None)  # last, as it needs the most memory
-            yield lab.compare(f"onnxruntime: {name}", contenders, batch, dtype, seconds=40)
+            yield lab.compare(f"graphs of {name} in onnxruntime", contenders, batch, dtype, seconds=40)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -298,19 +302,23 @@ def inference(lab: Lab) -> Iterator[Task]:
 
 
 def training(lab: Lab) -> Iterator[Task]:
-    """Part 4."""
-    for parts, name in product((RELEASE_GPUS, 1), lab.presets(*TABLE_2[:3])):
+    """Part 4. Compilation takes minutes, and comes last."""
+    compiling = [False] if lab.quick else [False, True]
+    for compiled, parts, name in product(compiling, (1, RELEASE_GPUS), lab.presets(*TABLE_2[:3])):
         batch = (16 if lab.quick else load_preset(name).train.batch_size) // parts
         opened = partial(lab.open, dtype="bf16", mode="training")
-        contenders: dict[str, Callable[[], Contender]] = {
-            f"recompute {which}": partial(opened, name, change=partial(set_recompute, recompute=which))
-            for which in get_args(Recompute)
-        }
-        contenders |= {kind: partial(opened, f"{kind}:{name}") for kind in ("plain", "compiled")[: 2 - lab.quick]}
-        peaks = zip(get_args(Recompute), PREDICTED_GIB.get(name, ()) if parts == 1 else (), strict=False)
-        known = {f"recompute {which}": {"predicted_gib": peak} for which, peak in peaks}
+        contenders, known = {}, {}
+        if compiled:
+            contenders["compiled"] = partial(opened, f"compiled:{name}")
+        else:
+            for which in get_args(Recompute):
+                label, change = f"recompute {which}", partial(set_recompute, recompute=which)
+                contenders[label] = partial(opened, name, change=change)
+                if parts == 1 and not lab.quick:
+                    known[label] = {"predicted_gib": PREDICTED_GIB[name][which]}
+            contenders["plain"] = partial(opened, f"plain:{name}")
         what = f"training steps: {name}"
-        yield lab.compare(what, contenders, batch, "bf16", mode="training", seconds=120, known=known)
+        yield lab.compare(what, contenders, batch, "bf16", mode="training", seconds=90, known=known)
 
 
 def whole_training(lab: Lab) -> Iterator[Task]:
@@ -357,11 +365,11 @@ def guesses(lab: Lab) -> Iterator[Task]:
     cases = list(product([2] if lab.quick else [256, 64], lab.presets(*TABLE_2[:3])))
     for batch, name in cases:
         contenders = {label: partial(lab.open, name, "bf16", change=change) for label, change in changes.items()}
-        yield lab.compare(f"variants of {name}", contenders, batch, "bf16", seconds=60)
+        yield lab.compare(f"chunks and attention in {name}", contenders, batch, "bf16", seconds=60)
         opened = partial(lab.open, name, "bf16", mode="training")
-        kept = {"variants in fp32": True, "variants in bf16": False}
+        kept = {"fp32": True, "bf16": False}
         contenders = {kind: partial(opened, change=partial(set_local, "fp32_variants", kept[kind])) for kind in kept}
-        yield lab.compare(f"training steps of {name}", contenders, batch, "bf16", mode="training", seconds=60)
+        yield lab.compare(f"type of the variants in {name}", contenders, batch, "bf16", mode="training", seconds=60)
     for batch, name in cases:
         run = partial(profile_local_block, lab, name, batch)
         yield Task(f"kernels of the local block of {name}", ["all"], run, batch, "bf16")
@@ -393,7 +401,7 @@ def profile_local_block(lab: Lab, name: str, batch: int, _: object) -> Named:
     turn = Turn(run)
     lab.measure([turn])
     yield "all", {"milliseconds": 1000 * float(np.median(turn.seconds))}
-    with profile() as profiled:
+    with profile(activities=[getattr(ProfilerActivity, lab.device.type.upper())]) as profiled:
         run()
     own = f"self_{'device' if lab.device.type == 'cuda' else 'cpu'}_time_total"
     for event in sorted(profiled.key_averages(), key=lambda event: -getattr(event, own))[:15]:
