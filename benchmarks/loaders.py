@@ -11,8 +11,6 @@ import statistics
 import time
 from pathlib import Path
 
-import torch
-
 from lsag import load_preset
 from lsag.bench import image_shape, make_run, open_contender, seconds
 from lsag.data.loading import EpochBatches, batches, train_loader
@@ -38,9 +36,7 @@ def main() -> None:
             source = source.packed()
         order = EpochBatches(len(source), preset)
         order.num_steps = min(order.num_steps, IMAGES // batch_size)
-        step = make_run(
-            open_contender(name, mode="training", device=device), "training", batch_size, device, torch.float32
-        )
+        step = make_run(open_contender(name, mode="training", device=device), "training", batch_size, device)
         loads, steps = [], []
         for _ in range(options.rounds):
             loading = batches(train_loader(source, preset, order, workers=workers))
