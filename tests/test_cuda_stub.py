@@ -121,7 +121,7 @@ def test_another_gpu_is_chosen_by_its_number(on_stubs, tmp_path):
         "import sys; from lsag.inference.classifier import open_model\n"
         "print(open_model(sys.argv[1], device='cuda:1').device_name)"
     )
-    assert on_stubs("-c", opened, tmp_path / "a.pt", environment=two) == "cuda:1\n"
+    assert on_stubs("-c", opened, tmp_path / "a.pt", environment=two) == "cuda:1, fp32\n"
     assert on_stubs("-c", opened, tmp_path / "a.onnx", environment=two).endswith("CUDAExecutionProvider, GPU 1, fp32\n")
     command = ("-m", "lsag_cli", "bench", "digits-nano", tmp_path / "a.onnx", "--device", "cuda:1", "--rounds", "1")
     found = json.loads(on_stubs(*command, "--json", environment=two))["groups"][0]

@@ -44,7 +44,7 @@ class Classifier(nn.Module):
 
     @property
     def device_name(self) -> str:
-        return str(self.device) if self.precision == "fp32" else f"{self.device}, {self.precision}"
+        return f"{self.device}, {self.precision}"
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:

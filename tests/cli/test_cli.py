@@ -68,7 +68,7 @@ def test_eval_export_and_eval_of_the_export_agree(trained, lsag):
     best = folder / "runs/first/best.pt"
     first = lsag("eval", best, "--predictions", "a.csv", cwd=folder)
     assert first.returncode == 0, first.stderr
-    assert "digits-nano on digits, 360 images, cpu" in first.stdout
+    assert "digits-nano on digits, 360 images, cpu, fp32" in first.stdout
     with Image.open(folder / "runs/first/best-pt-digits-confusion.png") as image:
         assert image.width > 500
     exported = lsag("export", "--onnx", cwd=folder)  # the newest run's best
