@@ -171,12 +171,10 @@ class Lab:
             for name, (contender, turn, memory) in ready.items():
                 low, median, high = np.quantile(turn.seconds, [0.25, 0.5, 0.75]).tolist()
                 macs = contender.macs * batch * (3 if mode == "training" else 1)
-                figures = {"images_per_second": batch / median, "milliseconds": 1000 * median}
-                figures |= {
-                    "spread": (high - low) / 2 / median,
-                    "share": macs / median / self.rates[contender.precision],
-                }
-                yield name, figures | {"gib": memory / 2**30} | (known or {}).get(name, {})
+                figures = {"images_per_second": batch / median, "milliseconds": 1000 * median, "gib": memory / 2**30}
+                figures["spread"] = (high - low) / 2 / median
+                figures["share"] = macs / median / self.rates[contender.precision]
+                yield name, figures | (known or {}).get(name, {})
 
         return Task(what, list(contenders), run, batch, dtype, seconds)
 
@@ -466,8 +464,8 @@ def key(record: Figures) -> tuple[Any, ...]:
 
 
 def read(paths: Iterable[Path]) -> list[Figures]:
-    """The records in those files that exist. A line that was cut off is none."""
-    lines = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
+    """The records in files. An empty line is none, nor is one that was cut off."""
+    lines = [line for path in paths for line in path.read_text().splitlines()]
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
@@ -514,8 +512,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     lab = Lab(options, choose_device(options.device), started + 60 * options.minutes)
     path = options.out / "gpu.jsonl"
+    path.touch()
     have = {key(record) for record in read([path, *options.have])}
     with path.open("a") as file:
+        print(file=file)  # ends a line that was cut off
 
         def write(record: Figures) -> None:
             line = json.dumps(record)

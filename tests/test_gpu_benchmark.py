@@ -1,6 +1,5 @@
 """benchmarks/gpu.py on the CPU, with one round of a small model: that it runs, goes on after failures, and resumes."""
 
-import json
 import signal
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from lsag import bench
 
 def call(part, out, *more):
     gpu.main(["--part", str(part), "--out", str(out), "--device", "cpu", "--quick", *map(str, more)])
-    machine, *records = [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
+    machine, *records = gpu.read([out / "gpu.jsonl"])
     assert machine["machine"]["TFLOP/s in bf16"] > 0
     return records
 
@@ -39,11 +38,12 @@ def test_what_is_known_is_not_measured_again(tmp_path, monkeypatch, capsys):
     first = call(3, tmp_path / "first")
     (tmp_path / "first/gpu.jsonl").open("a").write('{"part": 3, "what": "cut o')
     monkeypatch.setattr(gpu, "open_contender", lambda *args, **kwargs: pytest.fail("measured again"))
+    assert len(call(3, tmp_path / "first")) == len(first) + 1  # the machine's line
     assert call(3, tmp_path / "second", "--have", tmp_path / "first/gpu.jsonl") == []
     capsys.readouterr()
     gpu.main(["--report", *map(str, tmp_path.glob("*/gpu.jsonl"))])
     text = capsys.readouterr().out
-    assert text.startswith("## On a GPU") and text.count("- part 3: device ") == 2
+    assert text.startswith("## On a GPU") and text.count("- part 3: device ") == 3
     assert f"| plain:digits-nano | 2 | bf16 | {first[1]['images_per_second']:,.0f} |" in text
 
 
