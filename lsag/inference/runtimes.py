@@ -153,7 +153,11 @@ class OpenVINO:
         core = openvino.Core()
         if precision == "fp16" and "FP16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             precision = "fp32"  # OpenVINO would take bf16, which is coarser
-        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[precision]}
+        options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "ENABLE_CPU_PINNING": False,  # two processes would be pinned to the same cores
+        }
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
@@ -169,13 +173,17 @@ class OpenVINO:
         self.name = f"OpenVINO {openvino_version()} CPU"
 
     def run(self, images: np.ndarray) -> np.ndarray:
+        from openvino import Tensor
+
         # A request of its own for each call, so that several threads may call at a time.
-        return self._compiled.infer_new_request({"images": self._tensor(images)})["logits"]
+        return self._compiled.infer_new_request({"images": Tensor(images, shared_memory=True)})["logits"]
 
     def bind(self, images: np.ndarray) -> Callable[[], object]:
         """A function that runs the graph on `images`, with input and output in the same memory each time."""
+        from openvino import Tensor
+
         request = self._compiled.create_infer_request()
-        request.set_tensor("images", self._tensor(images))
+        request.set_tensor("images", Tensor(images))
         return request.infer
 
     def nodes(self) -> dict[str, int]:
@@ -183,9 +191,3 @@ class OpenVINO:
         nodes = self._compiled.get_runtime_model().get_ordered_ops()
         kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
         return {"OpenVINO": sum(kind not in ("Const", "Input", "Output") for kind in kinds)}
-
-    @staticmethod
-    def _tensor(images: np.ndarray) -> Any:
-        from openvino import Tensor
-
-        return Tensor(images, shared_memory=True)

@@ -108,7 +108,7 @@ class Session:
 
     def feed(self, images: Tensor) -> Tensor:
         """uint8 (B, C, image_size, image_size) -> the graph's input."""
-        return self._normalize(images) if self.raw_input else images.permute(0, 2, 3, 1).contiguous()
+        return (self._normalize(images) if self.raw_input else images.permute(0, 2, 3, 1)).contiguous()
 
     def bind(self, images: Tensor) -> Callable[[], object]:
         """A function that runs the graph on `images`, with input and output kept on the device, for benchmarks.

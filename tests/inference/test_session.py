@@ -362,7 +362,7 @@ def test_openvino_gives_the_same_logits(graph, checkpoint):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert session.precision == "fp32" and re.fullmatch(r"OpenVINO [\d.]+ CPU, fp32", session.device_name)
     assert session.nodes_by_provider()["OpenVINO"] > 20
-    session.bind(images)()
+    torch.testing.assert_close(torch.from_numpy(session.bind(images)()["logits"]), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(not multiplies_bf16(), reason="needs a processor that multiplies bf16")
