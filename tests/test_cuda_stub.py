@@ -96,11 +96,11 @@ def test_every_node_is_placed(on_stubs, tmp_path, name, monkeypatch):
 
 
 def narrow(name):
-    """A preset with one block per stage and few channels, but all else as it is."""
+    """A preset with few channels, two blocks in its first stage and one in others, but all else as it is."""
     stages = [stage.model_dump() for stage in load_preset(name).model.stages]
-    return load_preset(
-        name, {"model.stages": [{**stage, "embed_dim": 8 * stage["num_heads"], "depth": 1} for stage in stages]}
-    )
+    for index, stage in enumerate(stages):
+        stage.update(embed_dim=8 * stage["num_heads"], depth=1 if index else 2)
+    return load_preset(name, {"model.stages": stages})
 
 
 @pytest.mark.cuda_stub
