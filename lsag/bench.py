@@ -214,7 +214,7 @@ def open_contender(
     *,
     mode: Mode = "inference",
     device: torch.device,
-    precision: Precision = "auto",
+    precision: Precision = "fp32",
     threads: int | None = None,
 ) -> Contender:
     """A preset's name or file, a checkpoint, an .onnx file, or `timm:NAME`.
