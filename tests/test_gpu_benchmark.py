@@ -21,9 +21,9 @@ def call(part, out, *more):
     [
         pytest.param(1, "logits", marks=pytest.mark.slow),
         pytest.param(2, "nodes", marks=pytest.mark.slow),
-        (3, "images_per_second"),
+        pytest.param(3, "images_per_second", marks=pytest.mark.slow),
         pytest.param(4, "share", marks=pytest.mark.slow),
-        (5, "top1"),
+        pytest.param(5, "top1", marks=pytest.mark.slow),
         pytest.param(6, "calls", marks=pytest.mark.slow),
     ],
 )

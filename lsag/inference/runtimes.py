@@ -3,9 +3,12 @@
 Both take the graph's input as an array and give its logits. `precision` is what they compute in, and `name` says where.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -161,7 +164,8 @@ class OpenVINO:
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
-            self._compiled = core.compile_model(core.read_model(graph.data), "CPU", options)
+            with _signal_stack_kept():
+                self._compiled = core.compile_model(core.read_model(graph.data), "CPU", options)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].lstrip("- ")  # the first lines are places in its source
             raise UnavailableError(
@@ -191,3 +195,20 @@ class OpenVINO:
         nodes = self._compiled.get_runtime_model().get_ordered_ops()
         kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
         return {"OpenVINO": sum(kind not in ("Const", "Input", "Output") for kind in kinds)}
+
+
+@contextlib.contextmanager
+def _signal_stack_kept() -> Iterator[None]:
+    """Give this thread its signal stack back at the end.
+
+    OpenVINO sets one of its own, which is gone with the compiled model: the next signal would end the process.
+    """
+    sigaltstack = getattr(ctypes.CDLL(None), "sigaltstack", None) if sys.platform == "linux" else None
+    before = ctypes.create_string_buffer(64)  # a stack_t
+    if sigaltstack:
+        sigaltstack(None, before)
+    try:
+        yield
+    finally:
+        if sigaltstack:
+            sigaltstack(before, None)

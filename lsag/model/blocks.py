@@ -147,7 +147,9 @@ class ShiftEmbedding(nn.Module):
 
 def _wider(images: Tensor, reach: int, *, mode: str) -> Tensor:
     """Images with a border of `reach` pixels: mirrored in mode "reflect", the other side's in mode "circular"."""
-    if not reach or mode == "reflect":
+    if not reach:
+        return images
+    if mode == "reflect":
         return F.pad(images, (reach,) * 4, mode=mode)
     # Slices, because several runtimes of graphs have no such padding.
     rows = torch.cat([images[:, :, -reach:], images, images[:, :, :reach]], dim=2)

@@ -1,5 +1,6 @@
 """What runs where it was asked to, and what is refused before it runs."""
 
+import ctypes
 import json
 import random
 import re
@@ -402,6 +403,21 @@ def test_a_precision_that_a_provider_lacks_is_refused(graph, provider, precision
     with pytest.raises(UsageError) as caught:
         Session(graph, provider=provider, precision=precision)
     assert str(caught.value) == said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signal stacks are looked at on Linux alone")
+def test_openvino_leaves_the_stack_of_signals_alone(graph):
+    """Its own is gone with the model, and then the next signal, or worker of a DataLoader, ended the process."""
+
+    def signal_stack():
+        found = ctypes.create_string_buffer(64)
+        assert ctypes.CDLL(None).sigaltstack(None, found) == 0
+        return found.raw
+
+    before = signal_stack()
+    session = Session(graph, provider="openvino")
+    session(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    assert signal_stack() == before
 
 
 def test_auto_prefers_openvino_to_the_cpu(graph, monkeypatch):
