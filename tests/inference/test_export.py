@@ -83,7 +83,7 @@ def test_ablations_export(tmp_path, name):
     assert done.max_difference < 1e-4 and Session(done.path).preset == preset
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "OpenVINO"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("OpenVINO", marks=pytest.mark.slow)])
 def test_a_graph_that_differs_is_not_published(tmp_path, tiny_preset, monkeypatch, runtime):
     original = Session.__call__
     monkeypatch.setattr(
@@ -94,6 +94,7 @@ def test_a_graph_that_differs_is_not_published(tmp_path, tiny_preset, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_graph_that_openvino_cannot_run_is_written_with_a_note(exported, tmp_path, monkeypatch):
     checkpoint, whole = exported
     assert list(whole.differences) == ["onnxruntime", "OpenVINO"] and whole.notes == ()

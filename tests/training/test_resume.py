@@ -59,7 +59,7 @@ def stopped(stopped_once, tmp_path):
 @pytest.mark.parametrize(
     ("options", "ema"),
     [
-        ({}, 0.0),
+        pytest.param({}, 0.0, marks=pytest.mark.slow),
         ({"accum": 4}, 0.9),
         ({"workers": 2}, 0.0),  # whose random draws are not this process's
         pytest.param({"precision": "fp16"}, 0.9, marks=pytest.mark.slow),
