@@ -20,6 +20,7 @@ from lsag.inference.providers import (
     missing_library,
     onnxruntime_cuda,
     openvino_version,
+    signal_stack_kept,
     torch_cuda,
 )
 from lsag.machine import available_cores, memory, multiplies_bf16, processor
@@ -125,7 +126,8 @@ def _openvino() -> Finding:
         import openvino
 
         core = openvino.Core()
-        core.compile_model(core.read_model(one_node()), "CPU")
+        with signal_stack_kept():
+            core.compile_model(core.read_model(one_node()), "CPU")
     except Exception as error:  # a broken installation may raise anything
         return Finding("OpenVINO", f"{found} does not run: {first_line(error)}")
     return Finding("OpenVINO", f"{found} runs")

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -102,6 +103,23 @@ def openvino_version() -> str | None:
         return importlib.metadata.version("openvino")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@contextlib.contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """Around OpenVINO's compilation: give this thread its signal stack back.
+
+    OpenVINO sets one of its own, which is gone with the compiled model: the next signal would end the process.
+    """
+    sigaltstack = getattr(ctypes.CDLL(None), "sigaltstack", None) if sys.platform == "linux" else None
+    before = ctypes.create_string_buffer(64)  # a stack_t
+    if sigaltstack:
+        sigaltstack(None, before)
+    try:
+        yield
+    finally:
+        if sigaltstack:
+            sigaltstack(before, None)
 
 
 def check_driver(provider: str) -> None:

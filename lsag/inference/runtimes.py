@@ -3,12 +3,9 @@
 Both take the graph's input as an array and give its logits. `precision` is what they compute in, and `name` says where.
 """
 
-import contextlib
-import ctypes
 import hashlib
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +20,7 @@ from lsag.inference.providers import (
     load_libraries,
     missing_library,
     openvino_version,
+    signal_stack_kept,
 )
 
 
@@ -164,7 +162,7 @@ class OpenVINO:
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
-            with _signal_stack_kept():
+            with signal_stack_kept():
                 self._compiled = core.compile_model(core.read_model(graph.data), "CPU", options)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].lstrip("- ")  # the first lines are places in its source
@@ -195,20 +193,3 @@ class OpenVINO:
         nodes = self._compiled.get_runtime_model().get_ordered_ops()
         kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
         return {"OpenVINO": sum(kind not in ("Const", "Input", "Output") for kind in kinds)}
-
-
-@contextlib.contextmanager
-def _signal_stack_kept() -> Iterator[None]:
-    """Give this thread its signal stack back at the end.
-
-    OpenVINO sets one of its own, which is gone with the compiled model: the next signal would end the process.
-    """
-    sigaltstack = getattr(ctypes.CDLL(None), "sigaltstack", None) if sys.platform == "linux" else None
-    before = ctypes.create_string_buffer(64)  # a stack_t
-    if sigaltstack:
-        sigaltstack(None, before)
-    try:
-        yield
-    finally:
-        if sigaltstack:
-            sigaltstack(before, None)

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 
 from lsag.checkpoint import save_checkpoint
 from lsag.errors import InputError, UnavailableError, UsageError
+from lsag.inference.doctor import _openvino
 from lsag.inference.export import export_onnx, made_up_images
 from lsag.inference.graph import read_graph, sealed
 from lsag.inference.providers import (
@@ -417,6 +418,7 @@ def test_openvino_leaves_the_stack_of_signals_alone(graph):
     before = signal_stack()
     session = Session(graph, provider="openvino")
     session(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    assert signal_stack() == before and "runs" in _openvino().value
     assert signal_stack() == before
 
 
