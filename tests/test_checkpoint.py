@@ -108,7 +108,9 @@ def test_what_torch_would_not_read_is_no_weight(tmp_path):
     assert_refused_or_identical(tmp_path / "a.pt", folders)
 
 
-@pytest.mark.parametrize("share", [0.03, pytest.param(1, marks=pytest.mark.faults)])
+@pytest.mark.parametrize(
+    "share", [0.03, pytest.param(0.25, marks=pytest.mark.faults), pytest.param(1, marks=pytest.mark.full_size)]
+)
 def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, share):
     def sample(data):
         return random.Random(0).sample(range(8 * len(data)), int(8 * len(data) * share))

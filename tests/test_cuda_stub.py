@@ -15,9 +15,8 @@ from lsag.inference.providers import OPSETS, openvino_version
 from lsag.presets import preset_names
 from tests.conftest import ROOT, shared
 
-SOME = ("digits-nano", "cifar-tiny", "in1k-small")
 EVERY = [
-    pytest.param(name, marks=pytest.mark.cuda_stub if name in SOME else pytest.mark.full_size)
+    pytest.param(name, marks=pytest.mark.cuda_stub if name == "digits-nano" else pytest.mark.full_size)
     for name in preset_names()
 ]
 NARROW = [

@@ -121,7 +121,7 @@ def _onnxruntime() -> Iterator[Finding]:
 def _openvino() -> Finding:
     found = openvino_version()
     if found is None:
-        return Finding("OpenVINO", "not installed: pip install 'lsag[openvino]'")
+        return Finding("OpenVINO", "2026.4 or newer is not installed: pip install 'lsag[openvino]'")
     try:
         import openvino
 

@@ -21,7 +21,7 @@ OPERATORS = frozenset({
     "Add", "Attention", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "Conv", "Div",
     "Expand", "Gather", "GatherND", "Gelu", "Gemm", "GlobalAveragePool", "HardSigmoid", "HardSwish", "Identity",
     "LayerNormalization", "MatMul", "Max", "MaxPool", "Mul", "Pad", "Range", "ReduceL2", "ReduceMean", "Relu",
-    "Reshape", "Resize", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose",
+    "Reshape", "Resize", "Shape", "Sigmoid", "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose",
     "Unsqueeze",
 })
 # fmt: on

@@ -22,6 +22,7 @@ PRECISIONS = {"cuda": ("fp32", "tf32"), "openvino": ("fp32", "bf16"), "cpu": ("f
 
 onnxruntime cannot turn off TensorRT's TF32.
 """
+OLDEST_OPENVINO = [2026, 4]
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -98,11 +99,12 @@ def choose_providers(provider: str, precision: str | None, exported: str) -> dic
 
 
 def openvino_version() -> str | None:
-    """The version of OpenVINO; None if it is not installed."""
+    """The version of OpenVINO; None if it is not installed, or so old that it computes graphs in fp16 wrongly."""
     try:
-        return importlib.metadata.version("openvino")
+        found = importlib.metadata.version("openvino")
     except importlib.metadata.PackageNotFoundError:
         return None
+    return found if [int(part) for part in found.split(".")[:2]] >= OLDEST_OPENVINO else None
 
 
 @contextlib.contextmanager

@@ -146,11 +146,13 @@ class OpenVINO:
 
     def __init__(self, graph: Graph, *, precision: str, threads: int) -> None:
         """UnavailableError if it is not installed, or cannot read the graph."""
+        if openvino_version() is None:
+            raise UnavailableError("OpenVINO 2026.4 or newer is not installed", "pip install 'lsag[openvino]'")
         try:
             import openvino
         except ImportError as error:
-            why = f"does not import: {first_line(error)}" if openvino_version() else "is not installed"
-            raise UnavailableError(f"OpenVINO {why}", "pip install 'lsag[openvino]'") from error
+            what = f"OpenVINO does not import: {first_line(error)}"
+            raise UnavailableError(what, "pip install --force-reinstall openvino") from error
         core = openvino.Core()
         if precision == "fp16" and "FP16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             precision = "fp32"  # OpenVINO would take bf16, which is coarser

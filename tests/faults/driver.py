@@ -31,12 +31,12 @@ lr = 2e-2
 warmup_epochs = 1
 ema_decay = 0.9
 """
-STEPS_PER_EPOCH = 40
+STEPS_PER_EPOCH = 24
 STEPS = 3 * STEPS_PER_EPOCH
 
 
 def make_data(folder: Path) -> Path:
-    """640 training and 30 evaluation images of four coloured shapes with noise."""
+    """384 training and 30 evaluation images of four coloured shapes with noise."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 16 * STEPS_PER_EPOCH // 4), ("val", 8)):
         for label in range(4):

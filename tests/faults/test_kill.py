@@ -130,7 +130,7 @@ def test_killed_rank_of_four(arguments, undisturbed_4, tmp_path):
 def test_each_of_four_ranks_and_their_launcher_killed_in_turn(arguments, undisturbed_4, tmp_path):
     moments, step = random.Random(4), 0
     for victim in range(-1, 4):
-        step += moments.randint(4, 24)
+        step += moments.randint(4, 13)
         kill_one_of_four(arguments, tmp_path, step, victim)
         step = steps_logged(tmp_path / "run")
     run = Spawned([*arguments, *FOUR], tmp_path)
@@ -141,7 +141,7 @@ def test_each_of_four_ranks_and_their_launcher_killed_in_turn(arguments, undistu
 @pytest.mark.faults
 def test_restarts_resume_automatically(arguments, undisturbed_4, tmp_path):
     run = Spawned([*arguments, *FOUR, "--max-restarts", "2"], tmp_path)
-    for step, victim in ((30, 1), (70, 0)):
+    for step, victim in ((20, 1), (45, 0)):
         wait_for_step(tmp_path / "run", step)
         os.kill(run.ranks()[victim], signal.SIGKILL)
         time.sleep(3)

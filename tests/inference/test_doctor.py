@@ -25,7 +25,7 @@ def test_openvino_is_no_problem_where_it_is_absent_or_broken(monkeypatch):
     finding = lsag.inference.doctor._openvino()
     assert "does not run: import of openvino halted" in finding.value and not finding.problem
     monkeypatch.setattr(lsag.inference.doctor, "openvino_version", lambda: None)
-    assert lsag.inference.doctor._openvino().value == "not installed: pip install 'lsag[openvino]'"
+    assert lsag.inference.doctor._openvino().value == "2026.4 or newer is not installed: pip install 'lsag[openvino]'"
 
 
 def test_a_provider_is_run_not_asked(monkeypatch):

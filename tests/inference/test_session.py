@@ -27,6 +27,7 @@ from lsag.inference.providers import (
     distributions,
     how_to_fix,
     load_libraries,
+    openvino_version,
     torch_cuda,
 )
 from lsag.inference.runtimes import _engine_cache
@@ -385,7 +386,7 @@ def test_a_graph_of_fp16_remains_one(checkpoint, tmp_path, monkeypatch):
     images = made_up_images(3, checkpoint)
     session = Session(half, provider="openvino")
     assert session.precision in ("fp16", "fp32")  # fp32 on a processor without fp16
-    torch.testing.assert_close(session(images), Session(half)(images), rtol=0, atol=0.05)
+    torch.testing.assert_close(session(images), Session(half)(images), rtol=0, atol=0.1)
     with pytest.raises(UsageError, match="no provider runs an fp16 graph in bf16 — lsag export"):
         Session(half, provider="openvino", precision="bf16")
 
@@ -422,6 +423,12 @@ def test_openvino_leaves_the_stack_of_signals_alone(graph):
     assert signal_stack() == before
 
 
+@pytest.mark.parametrize(("found", "counts"), [("2026.3.1", False), ("2026.4.0", True), ("2027.0.0", True)])
+def test_an_old_openvino_is_none(monkeypatch, found, counts):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: found)
+    assert openvino_version() == (found if counts else None)
+
+
 def test_auto_prefers_openvino_to_the_cpu(graph, monkeypatch):
     monkeypatch.setattr("lsag.inference.session.has_driver", lambda: False)
     session = Session(graph, provider="auto")
@@ -440,7 +447,7 @@ def test_auto_prefers_openvino_to_the_cpu(graph, monkeypatch):
     assert str(caught.value) == said
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setattr("lsag.inference.runtimes.openvino_version", lambda: None)
-    with pytest.raises(UnavailableError, match=r"OpenVINO is not installed — pip install 'lsag\[openvino\]'"):
+    with pytest.raises(UnavailableError, match=r"2026.4 or newer is not installed — pip install 'lsag\[openvino\]'"):
         Session(graph, provider="openvino")
 
 
