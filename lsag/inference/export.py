@@ -90,7 +90,8 @@ def export_onnx(
     model = _Graph(checkpoint, raw_input=raw_input, half=half).eval()
     pixels = made_up_images(batch or 2, checkpoint)
     example = model.normalize(pixels) if raw_input else pixels.permute(0, 2, 3, 1).contiguous()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for exporter in ("torch.onnx", "onnxscript"):
+        logging.getLogger(exporter).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
