@@ -7,7 +7,6 @@ of them.
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,16 @@ from lsag.model.cpu import Linear, attention, linear, mlp, uses_onednn
 
 # The release's value; the paper names none.
 NORM_EPS = 1e-6
-# Size of the variants that exist at a time. On a CPU they stay in its cache (docs/benchmarks.md, Where the speed comes
-# from); a GPU gets larger chunks for fewer kernels, a guess that no measurement supports yet.
-CHUNK_BYTES, GPU_CHUNK_FACTOR = 2**22, 64
+# Size of the variants that exist at a time, in fp32. On a CPU they stay in its cache; a GPU gets larger chunks for
+# fewer kernels (docs/benchmarks.md, Where the speed comes from, On a GPU).
+CHUNK_BYTES, GPU_CHUNK_FACTOR = 2**22, 256
+# A GPU's fast matrix products need rows of whole 16 bytes, in half precision as many values as this.
+GPU_ALIGNMENT = 8
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether `x` is where launches and memory traffic decide, not the caches of a CPU."""
+    return x.device.type not in ("cpu", "meta")
 
 
 class ShiftEmbedding(nn.Module):
@@ -93,7 +99,11 @@ class ShiftEmbedding(nn.Module):
         weight, bias = matrices
         # One batched product is faster than a grouped convolution (docs/benchmarks.md, Where the speed comes from).
         patches = shifted.unfold(3, kernel, stride).unfold(4, kernel, stride).permute(0, 1, 3, 4, 5, 6, 2)
-        x = torch.baddbmm(bias, patches.flatten(4).flatten(1, 3), weight)
+        patches = patches.flatten(4).flatten(1, 3)
+        if on_gpu(patches):
+            missing = -patches.shape[2] % GPU_ALIGNMENT
+            patches, weight = F.pad(patches, (0, missing)), F.pad(weight, (0, 0, 0, missing))
+        x = torch.baddbmm(bias, patches, weight)
         x = self.norm(x.unflatten(1, (shifted.shape[1], -1)).permute(1, 2, 0, 3))
         # A sum has the memory layout of its first term: this order brings the variants of a token together for free.
         return (pos + x).contiguous()
@@ -178,18 +188,19 @@ class LocalAttention(Attention):
     logits of a head and cancels in the softmax; the value bias is added once, as the weights sum to one.
     """
 
-    def forward(self, variants: Tensor) -> Tensor:
-        """(B, N, T, D) -> (B, N, D)."""
+    def forward(self, variants: Tensor, own: Tensor | None = None) -> Tensor:
+        """(B, N, T, D) -> (B, N, D); `own` are the unshifted variants if not those of `variants`, (B, N, D)."""
         value_weight = self.kv.weight.unflatten(0, (2, self.num_kv_heads, self.head_dim))[1]
         value_bias = self.kv.bias.unflatten(0, (2, self.num_kv_heads, 1, self.head_dim))[1]
-        mean = (self.attention_weights(variants) @ variants).unflatten(2, (self.num_kv_heads, -1))
+        mean = (self.attention_weights(variants, own) @ variants).unflatten(2, (self.num_kv_heads, -1))
         out = per_head(mean, value_weight.transpose(1, 2)) + value_bias
         return self.proj(out.flatten(2))
 
-    def attention_weights(self, variants: Tensor) -> Tensor:
+    def attention_weights(self, variants: Tensor, own: Tensor | None = None) -> Tensor:
         """How much each head of a patch attends to each variant, Eq. 3: (B, N, T, D) -> (B, N, H, T)."""
         key_weight = self.kv.weight.unflatten(0, (2, self.num_kv_heads, self.head_dim))[0]
-        query = self.q(variants[:, :, 0]).unflatten(2, (self.num_kv_heads, -1, self.head_dim)) * self.head_dim**-0.5
+        query = self.q(variants[:, :, 0] if own is None else own)
+        query = query.unflatten(2, (self.num_kv_heads, -1, self.head_dim)) * self.head_dim**-0.5
         return (per_head(query, key_weight).flatten(2, 3) @ variants.transpose(2, 3)).softmax(dim=-1)
 
 
@@ -291,8 +302,6 @@ class LocalBlock(Block):
     def __init__(self, config: ModelConfig, stage: StageConfig) -> None:
         super().__init__(config, stage, LocalAttention(stage))
         self.chunk_bytes: int | None = CHUNK_BYTES
-        self.fp32_variants = True
-        """Whether autocast leaves the variants and their norm in fp32. No measurement on a GPU has decided yet."""
 
     def forward(self, images: Tensor, embed: ShiftEmbedding, norm1: nn.Module, norm2: nn.Module) -> Tensor:  # type: ignore[override]
         """(B, C, height, width) -> (B, N, D)."""
@@ -303,21 +312,22 @@ class LocalBlock(Block):
         branch_scale = self.drop_path(images.new_ones(images.shape[0], 1, 1))  # stochastic depth, once for all chunks
 
         pos: Tensor = embed.pos
-        norm: Callable[[Tensor], Tensor] = norm1
-        device = images.device.type
-        if not self.fp32_variants and torch.is_autocast_enabled(device):
-            pos, norm = pos.to(torch.get_autocast_dtype(device)), partial(_norm_as_is, norm1)  # type: ignore[arg-type]
+        gpu, trains = on_gpu(images), torch.is_grad_enabled()
 
         def attend(branch_scale: Tensor, shifted: Tensor, pos: Tensor) -> Tensor:
-            variants = embed.embed_rows(shifted, pos, matrices)
-            return torch.addcmul(variants[:, :, 0], branch_scale, self.attn(norm(variants)))
+            if not (gpu and trains):
+                variants = embed.embed_rows(shifted, pos, matrices)
+                return torch.addcmul(variants[:, :, 0], branch_scale, self.attn(norm1(variants)))
+            # Embedding the unshifted ones again keeps them in fp32, and saves gradients as large as all variants.
+            own = embed.embed_rows(shifted[:1], pos[:, :1], (matrices[0][:1], matrices[1][:1]))[:, :, 0]
+            variants = norm_as_is(norm1, embed.embed_rows(shifted, in_autocast_dtype(pos), matrices))  # type: ignore[arg-type]
+            return torch.addcmul(own, branch_scale, self.attn(variants, norm1(own)))
 
         # A compiler fuses one graph for any batch. On a GPU, training that keeps everything anyway saves launches.
-        keeps_all = torch.is_grad_enabled() and not self.recompute
-        if self.chunk_bytes is None or torch.compiler.is_compiling() or (device != "cpu" and keeps_all):
+        if self.chunk_bytes is None or torch.compiler.is_compiling() or (gpu and trains and not self.recompute):
             x = self.maybe_recompute(attend, branch_scale, shifted, pos)
         else:
-            factor = 1 if device == "cpu" else GPU_CHUNK_FACTOR
+            factor = GPU_CHUNK_FACTOR if gpu else 1
             num_images, num_rows = embed.chunk_size(images.shape[0], self.chunk_bytes * factor)
             # Split once, not per image: the gradient of a slice is as large as the whole.
             positions = pos.split(num_rows * math.isqrt(len(pos)))
@@ -332,7 +342,13 @@ class LocalBlock(Block):
         return self.maybe_recompute(lambda x: self.add_mlp(x, norm2), x)
 
 
-def _norm_as_is(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """`x` in the type that autocast gives to matrix products; unchanged outside of autocast."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def norm_as_is(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """`norm` in the type of `x`, which autocast would make fp32; its statistics are fp32 all the same."""
     with torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)

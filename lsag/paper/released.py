@@ -38,7 +38,7 @@ def _attend(attention: Attention, x: Tensor, keys_from: Tensor) -> Tensor:
 
 
 class _ReleasedLocal(LocalAttention):
-    def forward(self, variants: Tensor) -> Tensor:
+    def forward(self, variants: Tensor, own: object = None) -> Tensor:
         """(B, N, T, D) -> (B, N, D)."""
         return _attend(self, variants[:, :, :1], variants).squeeze(2)
 
@@ -49,11 +49,19 @@ class _ReleasedGlobal(GlobalAttention):
         return _attend(self, x, x)
 
 
+class _ReleasedBlock(LocalBlock):
+    def forward(self, images: Tensor, embed: ShiftEmbedding, norm1: nn.Module, norm2: nn.Module) -> Tensor:  # type: ignore[override]
+        """(B, C, height, width) -> (B, N, D)."""
+        variants = embed(images)
+        return self.add_mlp(variants[:, :, 0] + self.drop_path(self.attn(norm1(variants))), norm2)
+
+
 RELEASED: dict[type[nn.Module], type[nn.Module]] = {
     Linear: nn.Linear,
     MLP: nn.Sequential,
     ShiftEmbedding: _ReleasedEmbedding,
     LocalAttention: _ReleasedLocal,
+    LocalBlock: _ReleasedBlock,
     GlobalAttention: _ReleasedGlobal,
 }
 
@@ -63,6 +71,4 @@ def as_released(model: LSAG) -> LSAG:
     copied = copy.deepcopy(model)
     for module in copied.modules():
         module.__class__ = RELEASED.get(type(module), type(module))
-        if isinstance(module, LocalBlock):
-            module.chunk_bytes = None
     return copied

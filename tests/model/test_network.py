@@ -41,15 +41,17 @@ def test_agrees_with_the_paper_read_literally(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("chunk", ["all", "a row", "a row of two images", "rows of all images"])
-def test_chunks_and_the_released_formulation_give_the_same(config, chunk):
+@pytest.mark.parametrize("chunk", ["all", "a row", "a row of two images", "rows of all images", "on a GPU"])
+def test_chunks_and_the_released_formulation_give_the_same(monkeypatch, config, chunk):
     """Also where rows or images are left over, and with the local block recomputed in the backward."""
+    if chunk == "on a GPU":
+        monkeypatch.setattr("lsag.model.blocks.on_gpu", lambda x: True)
     model = randomise(LSAG(config.model_copy(update={"drop_path": 0.0}))).train()
     released, batch = as_released(model), images(3, config)
     block, side = model.stages[0].blocks[0], config.grid_sizes[0]
     num_rows = {"a row": 1, "a row of two images": 2, "rows of all images": 3 * (side // 2 + 1)}
     row_bytes = 4 * side * config.num_variants * config.stages[0].embed_dim
-    block.chunk_bytes = None if chunk == "all" else num_rows[chunk] * row_bytes
+    block.chunk_bytes = num_rows[chunk] * row_bytes if chunk in num_rows else None
     expected = released(batch)
     expected.square().sum().backward()
     largest = max(parameter.grad.abs().max() for parameter in released.parameters())
@@ -121,22 +123,21 @@ def test_a_recomputed_local_block_keeps_no_hidden_layer(monkeypatch, mkl_is_slow
             assert found is not (recompute or (mkl_is_slow and lsag.model.cpu._onednn is not None))
 
 
-def test_variants_can_be_kept_in_the_type_of_autocast():
+@pytest.mark.parametrize("gpu", [False, True])
+def test_on_a_gpu_variants_are_kept_in_the_type_of_autocast(monkeypatch, gpu):
+    monkeypatch.setattr("lsag.model.blocks.on_gpu", lambda x: gpu)
     model, batch = randomise(LSAG(small_config(drop_path=0.0))), images(3, small_config())
     config = model.config
     variants = 3 * config.grid_sizes[0] ** 2 * config.num_variants * config.stages[0].embed_dim
     exact, found = model(batch), []
-    for fp32 in (True, False):
-        model.stages[0].blocks[0].fp32_variants = fp32
-        with (
-            torch.autocast("cpu", torch.bfloat16),
-            torch.autograd.graph.saved_tensors_hooks(lambda saved: found.append(saved) or saved, lambda saved: saved),
-        ):
-            logits = model(batch)
-        torch.testing.assert_close(logits.float(), exact, rtol=0, atol=0.1 * exact.std().item())
-        large = {saved.dtype for saved in found if saved.numel() == variants}
-        assert large == ({torch.float32, torch.bfloat16} if fp32 else {torch.bfloat16})
-        found.clear()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda saved: found.append(saved) or saved, lambda saved: saved),
+    ):
+        logits = model(batch)
+    torch.testing.assert_close(logits.float(), exact, rtol=0, atol=0.1 * exact.std().item())
+    large = {saved.dtype for saved in found if saved.numel() == variants}
+    assert large == ({torch.bfloat16} if gpu else {torch.float32, torch.bfloat16})
 
 
 def test_extending_and_rolling_differ_only_for_kernel_9():
