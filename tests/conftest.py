@@ -1,6 +1,7 @@
 """Fixtures: small presets, the material beside a checkout where it is present, and a run of the command line."""
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -141,6 +143,27 @@ TINY = [
     "--epochs=1",
 ]
 """Options that make `lsag train` finish in seconds."""
+
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """The folder NAME that `make` fills, the first time that any of pytest's processes asks for it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, finished = root / name, root / f"{name}.made"
+        with FileLock(root / f"{name}.lock"):
+            if not finished.exists():
+                folder.mkdir()
+                make(folder)
+                finished.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -18,12 +18,15 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, tiny_preset):
+def files(made_once, tiny_preset):
     """A checkpoint, and its graph."""
-    folder = tmp_path_factory.mktemp("files")
-    checkpoint = random_checkpoint(tiny_preset)
-    save_checkpoint(folder / "a.pt", checkpoint)
-    export_onnx(checkpoint, folder / "a.onnx")
+
+    def make(folder):
+        checkpoint = random_checkpoint(tiny_preset)
+        save_checkpoint(folder / "a.pt", checkpoint)
+        export_onnx(checkpoint, folder / "a.onnx")
+
+    folder = made_once("contenders", make)
     return folder / "a.pt", folder / "a.onnx"
 
 

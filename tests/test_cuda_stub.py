@@ -46,17 +46,19 @@ print(json.dumps([session.nodes_by_provider(), options, list(session(images).sha
 
 
 @pytest.fixture(scope="module")
-def on_stubs(tmp_path_factory):
+def on_stubs(made_once):
     """Runs Python where torch and onnxruntime find an "H100"; its standard output."""
-    folder = tmp_path_factory.mktemp("stubs")
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    built = subprocess.run(
-        [sys.executable, shared("tools/cuda-stub/build.py"), folder], capture_output=True, text=True, cwd=ROOT
-    )
-    if "    home = next(" in built.stderr:  # only this search may come back empty
-        pytest.skip("the headers of CUDA are not installed")
-    assert built.returncode == 0, built.stderr
+    builder = shared("tools/cuda-stub/build.py")
+
+    def build(folder):
+        built = subprocess.run([sys.executable, builder, folder], capture_output=True, text=True, cwd=ROOT)
+        if "    home = next(" in built.stderr:  # only this search may come back empty
+            pytest.skip("the headers of CUDA are not installed")
+        assert built.returncode == 0, built.stderr
+
+    folder = made_once("stubs", build)
     shown = subprocess.run(
         ["bash", "-c", f"source {folder}/env.sh && env -0"], capture_output=True, text=True, check=True, env={}
     )
@@ -102,7 +104,7 @@ def narrow(name):
 
 @pytest.mark.cuda_stub
 def test_a_cuda_graph_is_captured_once_and_launched_again(on_stubs, tmp_path):
-    export_onnx(random_checkpoint(load_preset("digits-nano")), tmp_path / "a.onnx", batch=2)
+    export_onnx(random_checkpoint(narrow("digits-nano")), tmp_path / "a.onnx", batch=2)
     nodes, options, shape = json.loads(on_stubs("-c", CAPTURE, tmp_path / "a.onnx"))
     assert list(nodes) == ["CUDAExecutionProvider"] and shape == [5, 10]
     assert (options["enable_cuda_graph"], options["use_tf32"]) == ("1", "1")
@@ -110,7 +112,7 @@ def test_a_cuda_graph_is_captured_once_and_launched_again(on_stubs, tmp_path):
 
 @pytest.mark.cuda_stub
 def test_another_gpu_is_chosen_by_its_number(on_stubs, tmp_path):
-    checkpoint = random_checkpoint(load_preset("digits-nano"))
+    checkpoint = random_checkpoint(narrow("digits-nano"))
     save_checkpoint(tmp_path / "a.pt", checkpoint)
     export_onnx(checkpoint, tmp_path / "a.onnx")
     two = {"FAKECUDA_DEVICES": "2"}

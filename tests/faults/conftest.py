@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import MadeOnce
 from tests.faults.driver import PRESET, STEPS, make_data, result
 from tests.processes import Server, Spawned
 
@@ -18,11 +19,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("material")
-    make_data(folder / "data")
-    (folder / "small.toml").write_text(PRESET)
-    return folder
+def material(made_once: MadeOnce) -> Path:
+    def make(folder: Path) -> None:
+        make_data(folder / "data")
+        (folder / "small.toml").write_text(PRESET)
+
+    return made_once("material", make)
 
 
 @pytest.fixture
@@ -34,25 +36,32 @@ def arguments(material: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(server: Server, material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def undisturbed(server: Server, material: Path, made_once: MadeOnce) -> dict[str, object]:
     """The result of one process with --accum 2 that nobody disturbs."""
-    cwd = tmp_path_factory.mktemp("undisturbed")
-    base = ["train", "--preset", str(material / "small.toml"), "--data-dir", str(material / "data"), "--out", "run"]
-    run = server.start([*base, "--device", "cpu", "--accum", "2", "--workers", "0"], cwd)
-    assert run.wait() == 0, run.stderr
-    found = result(cwd / "run")
+
+    def make(cwd: Path) -> None:
+        run = server.start([*undisturbed_run(material), "--accum", "2"], cwd)
+        assert run.wait() == 0, run.stderr
+
+    found = result(made_once("undisturbed", make) / "run")
     assert len(found["steps"]) == STEPS  # type: ignore[arg-type]
     return found
 
 
 @pytest.fixture(scope="session")
-def undisturbed_4(material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def undisturbed_4(material: Path, made_once: MadeOnce) -> dict[str, object]:
     """The result of four processes that nobody disturbs."""
-    cwd = tmp_path_factory.mktemp("undisturbed-4")
-    base = ["train", "--preset", str(material / "small.toml"), "--data-dir", str(material / "data"), "--out", "run"]
-    run = Spawned([*base, "--device", "cpu", "--procs", "4", "--accum", "2", "--workers", "0"], cwd)
-    assert run.wait() == 0, run.stderr
-    return result(cwd / "run")
+
+    def make(cwd: Path) -> None:
+        run = Spawned([*undisturbed_run(material), "--procs", "4", "--accum", "2"], cwd)
+        assert run.wait() == 0, run.stderr
+
+    return result(made_once("undisturbed-4", make) / "run")
+
+
+def undisturbed_run(material: Path) -> list[str]:
+    preset, data = str(material / "small.toml"), str(material / "data")
+    return ["train", "--preset", preset, "--data-dir", data, "--out", "run", "--device", "cpu", "--workers", "0"]
 
 
 @pytest.fixture(autouse=True)

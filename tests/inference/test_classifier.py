@@ -20,11 +20,12 @@ from tests.conftest import ROOT, assert_refused
 
 
 @pytest.fixture(scope="module")
-def files(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_checkpoint(folder / "a.pt", checkpoint)
-    export_onnx(checkpoint, folder / "a.onnx", batch=2)
-    return folder
+def files(checkpoint, made_once):
+    def make(folder):
+        save_checkpoint(folder / "a.pt", checkpoint)
+        export_onnx(checkpoint, folder / "a.onnx", batch=2)
+
+    return made_once("classifier", make)
 
 
 def test_a_checkpoint_and_its_graph_are_used_alike(checkpoint, files):

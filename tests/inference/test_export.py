@@ -76,7 +76,8 @@ def test_other_shapes_export_too(tmp_path, changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_export(tmp_path, name):
-    preset = load_preset("cifar-nano").model_copy(update={"model": small_config(**ABLATIONS[name])})
+    model = small_config(**ABLATIONS[name], stages=[{"embed_dim": 8, "depth": 2, "num_heads": 2, "num_kv_heads": 1}])
+    preset = load_preset("cifar-nano").model_copy(update={"model": model})
     checkpoint = random_checkpoint(preset)
     randomise(checkpoint.model)
     done = export_onnx(checkpoint, tmp_path / "a.onnx", opset=20)
@@ -187,15 +188,10 @@ def test_a_narrow_model_of_table_2_exports(tmp_path, opset, monkeypatch):
     assert done.max_difference < 1e-4
 
 
-FULL_SIZE = [*product(preset_paths(), OPSETS), *((name, 20) for name in preset_names() if name not in preset_paths())]
-
-
+@pytest.mark.full_size
 @pytest.mark.parametrize(
     ("name", "opset"),
-    [
-        pytest.param(*one, marks=pytest.mark.slow if one == ("cifar-tiny", 20) else pytest.mark.full_size)
-        for one in FULL_SIZE
-    ],
+    [*product(preset_paths(), OPSETS), *((name, 20) for name in preset_names() if name not in preset_paths())],
 )
 def test_presets_export_at_full_size(tmp_path, name, opset):
     done = export_onnx(random_checkpoint(load_preset(name)), tmp_path / "a.onnx", opset=opset)

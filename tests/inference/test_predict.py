@@ -22,15 +22,18 @@ from tests.conftest import assert_refused, randomise
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(made_once):
     """A checkpoint of three named classes, and its graph beside it."""
-    where = tmp_path_factory.mktemp("model")
-    preset = load_preset("cifar-nano", dataset="folder").with_classes(3)
-    checkpoint = random_checkpoint(preset)
-    randomise(checkpoint.model)
-    save_checkpoint(where / "a.pt", Checkpoint(checkpoint.model, preset, ("cat", "dog", "cow")))
-    export_onnx(load_checkpoint(where / "a.pt"), where / "a.onnx")
-    return where / "a.pt"
+
+    def make(folder):
+        narrow = {"model.stages": [{"embed_dim": 16, "depth": 1, "num_heads": 2}]}
+        preset = load_preset("cifar-nano", narrow, dataset="folder").with_classes(3)
+        checkpoint = random_checkpoint(preset)
+        randomise(checkpoint.model)
+        save_checkpoint(folder / "a.pt", Checkpoint(checkpoint.model, preset, ("cat", "dog", "cow")))
+        export_onnx(load_checkpoint(folder / "a.pt"), folder / "a.onnx")
+
+    return made_once("predictor", make) / "a.pt"
 
 
 def test_the_classes_are_those_of_the_model(model, folder):

@@ -40,8 +40,8 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine 
 
 
 @pytest.fixture(scope="module")
-def graph(checkpoint, tmp_path_factory):
-    return export_onnx(checkpoint, tmp_path_factory.mktemp("onnx") / "model.onnx").path
+def graph(checkpoint, made_once):
+    return made_once("graph", lambda folder: export_onnx(checkpoint, folder / "model.onnx")) / "model.onnx"
 
 
 @pytest.fixture
