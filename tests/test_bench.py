@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from lsag import load_preset
 from lsag.bench import PEERS, bench, count_macs, open_contender, timm_contender
 from lsag.checkpoint import random_checkpoint, save_checkpoint
 from lsag.errors import UsageError
 from lsag.inference.export import export_onnx
-from lsag.machine import multiplies_bf16
+from lsag.machine import multiplies_bf16, processor
 from lsag.model.flops import count
+from lsag_cli.app import app
 from tests.conftest import assert_refused
 
 CPU = torch.device("cpu")
@@ -159,6 +161,15 @@ def test_the_command(lsag, tmp_path):
     found = json.loads(lsag(*command, "--mode", "training", "--system-allocator", "--json").stdout)
     assert [result["name"] for result in found["groups"][0]["results"]] == ["digits-nano", "plain:digits-nano"]
     assert found["mode"] == "training" and found["system_allocator"] is True
+
+
+def test_the_picture_names_the_machine(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("lsag.plots.draw_bench", lambda speeds, path, *, title: titles.append(title))
+    command = ["bench", "digits-nano", "--rounds", "1", "--batch-size", "1", "--device", "cpu"]
+    done = CliRunner().invoke(app, [*command, "--plot", str(tmp_path / "bench.png")])
+    assert done.exit_code == 0, done.output
+    assert [processor() in title and " thread" in title for title in titles] == [True]
 
 
 def test_old_names_of_options_work_with_a_note(lsag):

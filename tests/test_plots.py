@@ -1,10 +1,12 @@
+import math
+
 import matplotlib.colors
 import pytest
 import torch
 
 import lsag.plots
 from lsag.inference.explain import Explanation
-from lsag.plots import draw_bench, draw_confusion, draw_curves, draw_explanation, draw_table
+from lsag.plots import _shift_color, draw_bench, draw_confusion, draw_curves, draw_explanation, draw_table
 
 SHIFTS = ((0, 0), (1, 0), (0, 1), (-1, 0), (0, -1))
 
@@ -80,8 +82,19 @@ def test_uniform_attention_looks_like_no_choice(drawn, tmp_path):
         image for axes in figure.axes for image in axes.images if isinstance(image.norm, matplotlib.colors.LogNorm)
     ]
     assert len(attention) == 2 and len({(image.norm.vmin, image.norm.vmax) for image in attention}) == 1
+    assert "times uniform attention" in {axes.get_ylabel() for axes in figure.axes}, "the scale has a bar"
     white, colored = attention[0].cmap(0.5), attention[0].to_rgba(attention[0].get_array())
     assert (abs(colored[..., :3] - white[:3]) < 0.02).all()
     outlines = [axes.patches[0].get_bbox().bounds for axes in figure.axes if axes.patches and axes.images]
     assert outlines == [(3.5, 1.5, 2.0, 2.0)] * 2  # the token with pixel (5, 2)
     assert "a very long name" in figure.get_suptitle()
+
+
+def test_colours_of_shifts_are_ordered_by_their_brightness():
+    """Once up and once down around the wheel, which no colour blindness hides."""
+    turns = [2 * math.pi * step / 32 for step in range(32)]
+    ring = [(round(1000 * math.cos(turn)), round(1000 * math.sin(turn))) for turn in turns]
+    colors = torch.tensor([_shift_color(shift, ring) for shift in ring], dtype=torch.float64)
+    brightness = colors @ torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64)
+    rising = (brightness > brightness.roll(1)).tolist()
+    assert sum(now != before for now, before in zip(rising, [rising[-1], *rising], strict=False)) == 2

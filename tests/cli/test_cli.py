@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,10 @@ def test_flops_lists_every_preset_with_the_papers_figures(lsag):
 
 
 def test_presets_are_listed(lsag):
-    assert len(json.loads(lsag("presets", "--json").stdout)["presets"]) == len(preset_names())
+    listed = json.loads(lsag("presets", "--json").stdout)["presets"]
+    assert len(listed) == len(preset_names())
+    costs = [item["macs_run"] for item in listed]
+    assert costs == sorted(costs), "the smallest comes first"
     assert re.search(r"in1k-small +imagenet +224 +22\.15 M +7\.468 G +300", lsag("presets").stdout)
 
 
@@ -486,6 +490,8 @@ def test_help_names_the_defaults(lsag):
     shown = " ".join(lsag("train", "--help").stdout.replace("│", " ").split())
     for words in ("$LSAG_DATA, or ./data", "runs/PRESET-TIME", "depends on the machine"):
         assert words in shown
+    shown = " ".join(lsag("reproduce", "--help").stdout.replace("│", " ").split())
+    assert re.search(r"--epochs \S+ [^-]*Number of epochs\.", shown)
 
 
 def test_ascii_terminals_are_served(lsag_afresh):
@@ -549,6 +555,41 @@ def test_other_processes_run_as_this_one_does(tmp_path):
     assert done.returncode == 0 and json.loads(done.stdout)["ok"], done.stderr
 
 
+def test_what_libraries_start_does_not_run_what_lies_in_the_current_folder(tmp_path):
+    """Multiprocessing, for one, starts Python with a line of code."""
+    (tmp_path / "queue.py").write_text("raise SystemExit('executed')")
+    code = (
+        "import subprocess, sys; from lsag_cli import app\n"
+        "app.run = lambda: subprocess.call([sys.executable, '-c', 'import queue'])\n"
+        "app.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_run_without_a_name_gets_a_folder_of_its_own(tmp_path, monkeypatch):
+    import lsag_cli.train as module
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 2, tzinfo=tz)
+
+    outs = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "datetime", Clock)
+    monkeypatch.setattr(module, "follow", lambda preset, options, **others: outs.append(options.out))
+    (tmp_path / "runs/digits-nano-20260102-000000").mkdir(parents=True)
+    done = CliRunner().invoke(app, ["train", "--device", "cpu"])
+    assert done.exit_code == 0 and outs == [Path("runs/digits-nano-20260102-000000-2")], done.output
+
+
 def test_folders_of_runs_begun_in_the_same_second_differ(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = Path("runs/a")
@@ -574,6 +615,16 @@ def test_folders_of_runs_begun_in_the_same_second_differ(tmp_path, monkeypatch):
 def test_what_the_machine_lacks_is_no_bug(error, words):
     what, fix = lack(error)
     assert words in what + fix and fix
+
+
+def test_what_the_machine_lacks_is_one_line():
+    code = (
+        "import sys, lsag_cli.flops as f\nsys.argv = ['lsag', 'flops']\n"
+        "def full(*a, **b): raise FileNotFoundError(2, 'No usable temporary directory found')\nf.read_preset = full\n"
+        "from lsag_cli.app import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert_refused(done, 4, "there is no usable temporary folder", "set TMPDIR")
 
 
 @pytest.mark.parametrize("error", [ValueError("a.so"), ImportError("no module x"), OSError(5, "Input/output error")])

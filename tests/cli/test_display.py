@@ -2,12 +2,16 @@ from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
+from typer.testing import CliRunner
 
 import lsag_cli.output
 from lsag import load_preset
+from lsag.inference.predict import Prediction
 from lsag.training.events import Started, Step
+from lsag_cli.app import app
 from lsag_cli.display import Display
 from lsag_cli.output import say_table
+from lsag_cli.predict import show
 
 COLUMNS = ("image", "class", "probability", "runner-up")
 ROWS = [
@@ -44,6 +48,31 @@ def test_files_get_every_column(capsys, monkeypatch):
     say_table(COLUMNS, ROWS, drop=("runner-up",))
     shown = capsys.readouterr().out
     assert all(word in shown for row in ROWS for word in row)
+
+
+@pytest.mark.parametrize(
+    ("command", "width"),
+    [
+        (["flops", "--preset", "cifar-tiny"], 60),
+        (["presets"], 70),
+        (["bench", "digits-nano", "--rounds", "1", "--batch-size", "1", "--device", "cpu"], 80),
+    ],
+    ids=["flops", "presets", "bench"],
+)
+def test_the_tables_of_the_commands_drop_columns_instead_of_breaking_lines(terminal, command, width):
+    terminal(width)
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and "no room for: " in done.stderr, done.output
+    assert all(cell_len(line) <= width for line in done.stdout.splitlines())
+
+
+def test_predictions_drop_the_last_runners_up_first(terminal, capsys):
+    terminal(80)
+    names = tuple(f"a class of a long name {rank}" for rank in range(4))
+    show([Prediction(Path("a.jpg"), names, (0.4, 0.3, 0.2, 0.1))])
+    shown, noted = capsys.readouterr()
+    assert all(cell_len(line) <= 80 for line in shown.splitlines()) and names[1] in shown
+    assert "no room for: runner-up 2, runner-up 3" in noted
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 160])

@@ -122,6 +122,13 @@ def test_odd_metadata_end_nothing(tmp_path, tag, kind, value):
     assert open_image(tmp_path / "a.jpg", "RGB").size == (8, 16)
 
 
+def test_metadata_that_pillow_cannot_read_are_as_good_as_none(tmp_path):
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.png", exif=b"Exif\0\0xx")
+    with Image.open(tmp_path / "a.png") as image, pytest.raises(SyntaxError):
+        image.getexif()
+    assert open_image(tmp_path / "a.png", "RGB").size == (16, 8)
+
+
 def test_damaged_files_never_crash_the_decoder(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     exif = Image.Exif()
@@ -157,6 +164,9 @@ def test_large_photographs_are_scaled_down_while_they_are_decoded(tmp_path, monk
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 199, 3), dtype=np.uint8))
     image.save(tmp_path / "a.jpg", progressive=True)
     assert open_image(tmp_path / "a.jpg", "RGB").size == (100, 50)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)  # by which Pillow refuses what is larger
+        assert open_image(tmp_path / "a.jpg", "RGB").size == (100, 50)
     image.save(tmp_path / "a.png")
     image.resize((202, 100)).save(tmp_path / "b.jpg")
     for name, size in (("a.png", "199 x 100"), ("b.jpg", "202 x 100")):

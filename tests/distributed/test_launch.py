@@ -1,11 +1,13 @@
 """Why a launch ended, and what its launcher leaves; real ranks that die are in tests/faults/."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +72,19 @@ def test_no_answer_is_waited_for_longer_than_asked():
     assert launch.in_time(60, lambda: 5) == 5
 
 
+def test_a_launch_begins_by_removing_what_a_killed_launcher_left(lsag):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = Path(tempfile.mkdtemp(prefix=f"{launch.FOLDER_PREFIX}{dead.pid}-"))
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            meeting = ["--nodes", "2", "--rdzv-endpoint", f"127.0.0.1:{silent.getsockname()[1]}", "--rdzv-timeout", "1"]
+            lsag("train", "--device", "cpu", "--out", "run", *meeting)
+        assert not left.exists()
+    finally:
+        shutil.rmtree(left, ignore_errors=True)
+
+
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_port_where_another_program_listens_is_one_line(lsag, joined):
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -80,3 +95,13 @@ def test_a_port_where_another_program_listens_is_one_line(lsag, joined):
             ask, env = [], dict(zip(names, ("1", "2", "1", "127.0.0.1", port), strict=True))
         done = lsag("train", "--device", "cpu", "--out", "run", "--rdzv-timeout", "1", *ask, env=env)
     assert_refused(done, 4, "meet", "no answer within 1 s, or it is another program's port", "docs/cluster.md")
+
+
+def test_machines_that_do_not_come_are_waited_for_no_longer_than_asked(lsag):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    start = time.monotonic()
+    meeting = ["--nodes", "2", "--rdzv-endpoint", endpoint, "--rdzv-timeout", "2"]
+    done = lsag("train", "--device", "cpu", "--out", "run", *meeting)
+    assert_refused(done, 4, f"did not meet at {endpoint}: not all came within 2 s", "docs/cluster.md")
+    assert time.monotonic() - start < 30  # three seconds where nothing else runs

@@ -52,6 +52,11 @@ def test_photographs_are_turned_alike(tmp_path, orientation):
     assert np.array_equal(client.prepare(Image.open(tmp_path / "a.png"), rule), ours)
 
 
+def test_a_photograph_with_damaged_metadata_is_left_as_it_is(tmp_path):
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.png", exif=b"Exif\0\0xx")
+    assert client.upright(Image.open(tmp_path / "a.png")).size == (16, 8)
+
+
 @pytest.mark.slow
 def test_the_client_predicts_what_eval_predicts_on_a_thousand_photographs(tmp_path):
     """Of CIFAR-10 (JPEG). The weights are random: what is shown is that the two agree, not how good they are."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lsag.inference.doctor
-from lsag.inference.doctor import examine, try_provider
+from lsag.inference.doctor import Finding, examine, try_provider
 
 
 def test_what_is_there_is_found_by_trying(folder):
@@ -71,6 +71,19 @@ def test_a_driver_is_asked_for_only_where_there_is_a_gpu(folder, monkeypatch, pr
     assert ("install" in found["NVIDIA driver"].fix) == present
     assert ("install the NVIDIA driver" in providers.how_to_fix("cuda")) == present
     assert "cores" in found["processor"].value and "GiB" in found["processor"].value
+
+
+def test_each_finding_is_shown_before_the_next_is_looked_for(monkeypatch, capsys):
+    from lsag_cli.doctor import doctor
+
+    def examine(data_dir, out):
+        yield Finding("python", "3.99")
+        assert "3.99" in capsys.readouterr().out
+        yield Finding("torch", "2.99")
+
+    monkeypatch.setattr(lsag.inference.doctor, "examine", examine)
+    doctor()
+    assert "2.99" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

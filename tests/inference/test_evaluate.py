@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import lsag.inference.evaluate as module
+from lsag.errors import InputError
 from lsag.inference.evaluate import Metrics, evaluate
 from lsag_cli.evaluate import counts
+from lsag_cli.evaluate import evaluate as command
 from tests.conftest import TINY, assert_refused
 
 SIZES = {"count": 23, "batch_size": 5, "num_classes": 7}
@@ -103,3 +105,18 @@ def test_the_number_of_images_is_known_from_the_start(split_data):
         split_data / "run/best.pt", data_dir=split_data, batch_size=3, on_batch=lambda *images: heard.append(images)
     )
     assert heard == [(0, 4), (3, 4), (1, 4)]
+
+
+def test_the_bar_shows_the_number_of_images(monkeypatch, tmp_path, capsys):
+    def part(path, *, on_batch, **options):
+        on_batch(0, 360)
+        on_batch(100, 360)
+        raise InputError("enough")
+
+    monkeypatch.setattr(module, "evaluate_file", part)
+    for name in ("output", "evaluate"):
+        monkeypatch.setattr(f"lsag_cli.{name}.is_terminal", lambda stream: True)
+    (tmp_path / "a.pt").touch()
+    with pytest.raises(InputError, match="enough"):
+        command(tmp_path / "a.pt")
+    assert "100/360" in capsys.readouterr().err

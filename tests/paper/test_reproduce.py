@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
 from lsag import load_preset
 from lsag.config import parse_spec
@@ -16,6 +17,8 @@ from lsag.errors import InputError, OutputError, UsageError
 from lsag.model.build import build_model, count_model
 from lsag.paper.reproduce import Run, execute, markdown, plan, summarise
 from lsag.paper.tables import TABLES
+from lsag_cli.app import app
+from lsag_cli.processes import lsag_command
 from tests.conftest import ROOT, assert_refused
 from tests.processes import Spawned
 
@@ -232,6 +235,25 @@ def test_a_table_from_the_command_line(lsag, folder):
     assert_refused(elsewhere, 6, "the runs in out were trained on", "another --out")
     rows = json.loads(again.stdout)["rows"]
     assert [len(row["top1"]) for row in rows] == [0, 2, 0, 0, 0, 0, 2]
+
+
+def test_trainings_are_started_as_this_command_was(folder, monkeypatch):
+    """`python -m lsag_cli` would run a queue.py of the current folder."""
+    import lsag_cli.reproduce as module
+
+    commands = []
+
+    def nothing(todo, *, command, **others):
+        commands.append(command)
+        yield from ()
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(module, "execute", nothing)
+    monkeypatch.setattr(module, "estimate_hours", lambda *args, **options: 0.0)
+    done = CliRunner().invoke(app, ["reproduce", "--table=6", "--rows=I", *TINY_RUN, f"--data-dir={folder}"])
+    assert done.exit_code == 0, done.output
+    start = lsag_command()
+    assert [command[: len(start) + 1] for command in commands] == [[*start, "train"]]
 
 
 @pytest.mark.slow

@@ -136,7 +136,10 @@ def test_folders_bring_their_classes(tmp_path, tiny_preset):
     checkpoint = load_checkpoint(tmp_path / "run/best.pt")
     assert checkpoint.classes == ("digit-0", "digit-1", "digit-2") and checkpoint.preset.model.num_classes == 3
     (tmp_path / "data/val/digit-1").rename(tmp_path / "data/val/digit-9")
-    with pytest.raises(InputError, match="does not know 'digit-9' of the evaluation split, which lacks 'digit-1'"):
+    words = (
+        "does not know 'digit-9' of the evaluation split, which lacks 'digit-1' — give both splits folders of the same"
+    )
+    with pytest.raises(InputError, match=words):
         list(train(preset, TrainOptions(data_dir=tmp_path / "data", out=tmp_path / "again", device="cpu")))
     assert not (tmp_path / "again").exists()
 

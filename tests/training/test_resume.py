@@ -139,6 +139,16 @@ def test_a_run_that_skips_broken_images_is_resumed_to_the_same_bits(preset, fold
         run(small, folder / "other", skip_broken=True)
 
 
+def test_broken_images_are_listed_also_when_the_training_is_stopped(lsag, folder):
+    (folder / "train/dog/2.png").write_bytes(b"broken")
+    options = ["--dataset", "folder", "--data-dir", folder, "--set", "train.batch_size=4", "--skip-broken"]
+    done = lsag(
+        "train", *TINY, *options, "--device", "cpu", "--out", "run", env={"LSAG_FAILPOINT": "after_forward:2:term"}
+    )
+    assert done.returncode == 143, done.stderr
+    assert (folder / "run/broken.txt").read_text().startswith(f"{folder}/train/dog/2.png: ")
+
+
 def test_eight_ranks_see_what_one_that_accumulates_sees(preset, tmp_path):
     source = open_split("digits", tmp_path, train=True, mode="L")
 
@@ -417,6 +427,7 @@ def not_finite(weights):
         lambda c: c["training"].update(optimizer={}),
         lambda c: c["training"]["optimizer"][0].update(step=3),
         lambda c: c["training"]["optimizer"][0].update(step=torch.tensor(NAN)),
+        lambda c: c["training"]["optimizer"][0].update(step=torch.tensor(0.0)),
         lambda c: c["training"]["optimizer"][0]["exp_avg"].fill_(NAN),
         lambda c: c["training"]["optimizer"][0]["exp_avg_sq"].fill_(-1),
         lambda c: c["training"]["optimizer"][0].pop("exp_avg_sq"),
@@ -451,12 +462,15 @@ def test_logs_that_are_no_files_are_refused(preset, stopped):
         run(preset, stopped, resume=True)
 
 
-def test_logs_that_cannot_be_read_are_started_afresh(preset, stopped, caplog):
+def test_logs_that_cannot_be_read_are_started_afresh(preset, whole, stopped, caplog):
     deep = b"[" * 100_000
-    (stopped / "metrics.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"epoch": "a"}\n{"step": 3}\n' + deep + b"\n")
+    row = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0]) | {"epoch": 0, "top1": "abc"}
+    (stopped / "metrics.jsonl").write_bytes(
+        b'\xff\xfe\n[1]\n{"step": 3}\n' + deep + b"\n" + json.dumps(row).encode() + b"\n"
+    )
     steps = (stopped / "steps.jsonl").read_bytes()
-    bad = steps.splitlines()[0].replace(b'"loss": ', b'"loss": "abc')
-    (stopped / "steps.jsonl").write_bytes(b'\x00\x00\n{"step": "a"}\n{"epoch": 1}\n' + deep + b"\n" + bad + b'"\n')
+    bad = json.dumps(json.loads(steps.splitlines()[0]) | {"loss": "abc"}).encode()
+    (stopped / "steps.jsonl").write_bytes(b'\x00\x00\n{"step": "a"}\n{"epoch": 1}\n' + deep + b"\n" + bad + b"\n")
     run(preset, stopped, resume=True)
     for name in ("metrics", "steps"):
         assert f"5 damaged rows of {stopped / name}.jsonl were removed" in caplog.text
