@@ -25,7 +25,7 @@ from lsag.training.events import Epoch, Finished, Progress, Started, Step
 from lsag.training.meter import Meter
 from lsag.training.options import TrainOptions
 from lsag.training.run import NoRun, open_run
-from lsag.training.signals import Signals, StopRequestedError, stopped
+from lsag.training.signals import Signals, StopRequestedError, agreed_stop, stopped, wish_to_stop
 from lsag.training.state import State
 from lsag.training.step import TrainStep
 
@@ -67,7 +67,7 @@ def train(preset: Preset, options: TrainOptions) -> Iterator[Progress]:
                     run.save(state)
                     run.list_broken(data.broken(world))
                     world.barrier()  # until rank 0 has saved
-                    raise stopped(signals.stop or request.signal, state.position.step, options) from None
+                    raise stopped(request.signal, state.position.step, options) from None
                 except (InputError, WorkerError):
                     # A broken image, a dead worker or a lost peer. With NCCL a lost peer raises nothing here, but
                     # blocks: see leaving_when_stuck.
@@ -134,8 +134,9 @@ def evaluate_epoch(state: State, data: Data, world: World, signals: Signals) -> 
     """The metrics of the model whose accuracy counts, on every rank. StopRequestedError when a signal asks to stop."""
 
     def heed_signals(images: int) -> None:
-        if world.total(stop=signals.stop)["stop"]:
-            raise StopRequestedError
+        own_stop = signals.stop
+        if stop := agreed_stop(own_stop, world.total(**wish_to_stop(own_stop))):
+            raise StopRequestedError(stop)
 
     world.share_buffers(state.evaluated)
     state.evaluated.eval()

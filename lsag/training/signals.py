@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -59,7 +59,7 @@ class Signals:
             raise KeyboardInterrupt
         self.stop = self.stop or number
         if self._interruptible:
-            raise StopRequestedError
+            raise StopRequestedError(self.stop)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -67,10 +67,24 @@ class Signals:
         self._interruptible = True
         try:
             if self.stop:
-                raise StopRequestedError
+                raise StopRequestedError(self.stop)
             yield
         finally:
             self._interruptible = False
+
+
+def wish_to_stop(own: int) -> dict[str, float]:
+    """What a rank that signal `own` asked to stop (0: none did) tells the others."""
+    return {"interrupt": own == signal.SIGINT, "terminate": own not in (0, signal.SIGINT)}
+
+
+def agreed_stop(own: int, agreed: Mapping[str, float]) -> int:
+    """The signal for which this rank stops with all others: its own, or one like that of another rank; 0 for none.
+
+    Once all have agreed, a rank that leaves first gets the others a SIGTERM, which is then no cause.
+    """
+    asked = signal.SIGTERM if agreed["terminate"] else signal.SIGINT if agreed["interrupt"] else 0
+    return (own or asked) if asked else 0
 
 
 def stopped(number: int, step: int, options: "TrainOptions") -> LsagError:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
@@ -20,7 +19,7 @@ from lsag.distributed.world import World, lost_peers
 from lsag.failpoints import failpoint
 from lsag.training.events import StepRow
 from lsag.training.meter import Meter
-from lsag.training.signals import Signals
+from lsag.training.signals import Signals, agreed_stop, wish_to_stop
 from lsag.training.state import State, keep_buffers
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -66,9 +65,9 @@ class TrainStep:
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), state.preset.train.clip_grad)
         loss, grad_norm = torch.stack([total, norm]).tolist()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        own_stop = signals.stop
         agreed = self.world.total(
-            interrupt=signals.stop == signal.SIGINT,
-            terminate=signals.stop not in (0, signal.SIGINT),
+            **wish_to_stop(own_stop),
             save=signals.save or save_due,
             broken=not finite,
             loss=loss if finite else 0.0,
@@ -85,14 +84,13 @@ class TrainStep:
         state.optimizer.zero_grad()
         position.count_step(mean_loss)
         failpoint("after_opt")
-        asked = signal.SIGTERM if agreed["terminate"] else signal.SIGINT if agreed["interrupt"] else 0
         return StepResult(
             step=position.step,
             epoch=position.epoch + 1,
             loss=mean_loss,
             lr=lr,
             grad_norm=None if mean_loss is None else grad_norm,
-            stop=(signals.stop or asked) if asked else 0,
+            stop=agreed_stop(own_stop, agreed),
             save=agreed["save"] > 0,
         )
 

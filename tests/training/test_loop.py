@@ -9,7 +9,16 @@ from PIL import Image
 
 from lsag import LSAG, load_checkpoint, load_preset
 from lsag.data.sources import open_split
-from lsag.errors import CheckError, InputError, OutputError, UnavailableError, UsageError, WorkerError
+from lsag.distributed.world import World
+from lsag.errors import (
+    CheckError,
+    InputError,
+    InterruptedByUserError,
+    OutputError,
+    UnavailableError,
+    UsageError,
+    WorkerError,
+)
 from lsag.inference.evaluate import evaluate_file
 from lsag.training.begin import data_parallel
 from lsag.training.events import Epoch, Started, Step
@@ -274,3 +283,14 @@ def test_the_warm_up_of_ddp_is_not_counted_by_batch_norm():
         torch.distributed.destroy_process_group()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(before, after, strict=True))
     assert not all(torch.equal(ours, theirs) for ours, theirs in zip(before, model.buffers(), strict=True))
+
+
+def test_a_signal_after_the_ranks_have_agreed_to_stop_changes_nothing(tmp_path, tiny_preset, monkeypatch):
+    total = World.total
+    monkeypatch.setattr(World, "total", lambda self, **values: total(self, **values) | {"interrupt": 1.0})
+    monkeypatch.setattr(
+        "lsag.training.step.failpoint",
+        lambda name: signal.raise_signal(signal.SIGTERM) if name == "after_opt" else None,
+    )
+    with pytest.raises(InterruptedByUserError, match="interrupted; step 1 is saved"):
+        run(tiny_preset, tmp_path / "run")
