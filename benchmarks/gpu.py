@@ -199,17 +199,8 @@ def correctness(lab: Lab) -> Iterator[Task]:
 
 def run_tests(lab: Lab) -> Figures:
     """The summary of `pytest -m gpu`, and the tests that failed."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-n",
-        "0" if lab.quick else "4",
-        "-rfE",
-        "tests/test_gpu.py",
-    ]
+    processes = "0" if lab.quick else "4"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", processes, "-rfE", "tests/test_gpu.py"]
     limit = max(1, lab.deadline - time.monotonic())
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit).stdout.splitlines()
     return {"result": "; ".join([*(line for line in lines if line.startswith(("FAILED", "ERROR"))), *lines[-1:]])}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -158,6 +159,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
         folder, finished = root / name, root / f"{name}.made"
         with FileLock(root / f"{name}.lock"):
             if not finished.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one that was skipped or failed
                 folder.mkdir()
                 make(folder)
                 finished.touch()
