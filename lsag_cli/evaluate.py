@@ -4,7 +4,7 @@ import csv
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lsag.inference.evaluate import Evaluation
+    from lsag.inference.session import Session
 
 
 def evaluate(
@@ -73,7 +74,6 @@ def evaluate(
         from rich.progress import MofNCompleteColumn, Progress
 
         from lsag.inference.evaluate import evaluate_file
-        from lsag.inference.session import Session
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=stderr(), transient=True, disable=not is_terminal(sys.stderr)) as bar:
@@ -95,7 +95,7 @@ def evaluate(
     note_fallback(model)
     for line in result.notes:
         note(line)
-    nodes = model.nodes_by_provider() if profile and isinstance(model, Session) else None
+    nodes = cast("Session", model).nodes_by_provider() if profile else None
     picture, failure = None, None
     try:
         if predictions:

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -33,6 +33,7 @@ from lsag_cli.output import is_terminal, note, percent, print_json, say, say_tab
 
 if TYPE_CHECKING:
     from lsag.inference.predict import Prediction
+    from lsag.inference.session import Session
 
 
 def predict(
@@ -61,7 +62,6 @@ def predict(
 
         from lsag.inference.classifier import open_model
         from lsag.inference.predict import predict as run
-        from lsag.inference.session import Session
 
     with status("opening the model"):
         classifier = open_model(model, device=device, provider=provider, precision=precision)
@@ -78,7 +78,7 @@ def predict(
         raise InputError(f"no image could be read; the first: {found[0].image}: {found[0].error}", "check the files")
     if csv_file:
         write_csv(found, csv_file, columns=min(top_k, len(classifier.classes)))
-    nodes = classifier.nodes_by_provider() if profile and isinstance(classifier, Session) else None
+    nodes = cast("Session", classifier).nodes_by_provider() if profile else None
     if unused.total():
         note(f"not used: {listed(unused)}")
     if as_json:

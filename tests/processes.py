@@ -8,6 +8,7 @@ import abc
 import contextlib
 import ctypes
 import importlib
+import inspect
 import json
 import os
 import pkgutil
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SLOW_IMPORTS = (
@@ -81,12 +83,7 @@ def _reap(*_: object) -> None:
 
 
 def _become(job: dict) -> None:
-    """The command itself; ends the process."""
-    import torch
-
-    import lsag.failpoints
-    import lsag_cli.app
-
+    """The command itself, in its folder, environment and streams; ends the process."""
     os.setsid()
     os.chdir(job["cwd"])
     os.environ.clear()
@@ -97,15 +94,64 @@ def _become(job: dict) -> None:
         (2, job["stderr"], os.O_WRONLY),
     ):
         os.dup2(os.open(path, flags | os.O_CREAT, 0o600), descriptor)
+    subprocess.Popen._execute_child = _forked  # type: ignore[attr-defined]
+    _run(job["argv"])
+
+
+def _run(argv: list[str]) -> None:
+    """The command in this process, and its end."""
+    import torch
+
+    import lsag.failpoints
+    import lsag_cli.app
+
     # What the environment said when these were imported.
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     lsag.failpoints._armed = [point for point in os.environ.get("LSAG_FAILPOINT", "").split(",") if point]
-    sys.argv = ["lsag", *job["argv"]]
+    sys.argv = ["lsag", *argv]
     try:
         lsag_cli.app.main()
     except SystemExit as end:
         os._exit(end.code)  # type: ignore[arg-type]
+
+
+_spawned: Any = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+_GIVEN = list(inspect.signature(_spawned).parameters)
+
+
+def _forked(popen: Any, command: list[str], *others: Any) -> None:
+    """What Popen does for a program, for the ranks and trainings that a command starts as `lsag_command()`: a fork."""
+    from lsag_cli.processes import lsag_command
+
+    start = lsag_command()
+    if list(command[: len(start)]) != start:
+        return _spawned(popen, command, *others)
+    given = dict(zip(_GIVEN[2:], others, strict=True))
+    streams = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+    popen.pid = os.fork()
+    if popen.pid == 0:
+        if given["start_new_session"]:
+            os.setsid()
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for descriptor, stream in enumerate(streams):
+            if stream != -1:
+                os.dup2(stream, descriptor)
+        os.closerange(3, 1024)
+        os.environ.clear()
+        os.environ.update(given["env"])
+        if "RANK" in os.environ and sys.platform == "linux":
+            Path("/proc/self/comm").write_text(RANK + os.environ["RANK"])
+        _run(command[len(start) :])
+    popen._child_created = True
+    popen._close_pipe_fds(*(given[name] for name in _GIVEN if name in PIPES))
+
+
+RANK = "lsag rank "
+"""Begins the name of a process that is a rank."""
+PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 
 
 class Server:
@@ -183,6 +229,11 @@ class Forked(Running):
         self.reply = (self.folder / "reply").open()
         self.pid = int(self.reply.readline())
 
+    def ranks(self) -> list[int]:
+        """Process numbers of the ranks that run, in the order of their rank."""
+        names = {Path(f"/proc/{process}/comm").read_text().strip(): process for process in children(self.pid)}
+        return [names[name] for name in sorted(names) if name.startswith(RANK)]
+
     def wait(self, timeout: float = 180) -> int:
         if not select.select([self.reply], [], [], timeout)[0]:
             self._kill()
@@ -213,16 +264,6 @@ class Spawned(Running):
         except subprocess.TimeoutExpired as error:
             self._kill()
             raise TimeoutError(f"still running after {timeout} seconds: {self.stderr}") from error
-
-    def ranks(self) -> list[int]:
-        """Process numbers of the ranks, once they all run; in the order of their rank."""
-        found = {}
-        for process in children(self.pid):
-            environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-            rank = next((int(item[5:]) for item in environment if item.startswith(b"RANK=")), None)
-            if rank is not None:
-                found[rank] = process
-        return [found[rank] for rank in sorted(found)]
 
 
 def children(parent: int) -> list[int]:

@@ -10,6 +10,7 @@ import safetensors.torch
 import timm
 import torch
 from packaging.version import Version
+from PIL import Image
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, dispatch_clip_grad
@@ -20,7 +21,7 @@ from lsag.checkpoint import Checkpoint, random_checkpoint, save_checkpoint, save
 from lsag.data.transforms import Normalize
 from lsag.errors import InputError, UsageError
 from lsag.hub import Classifier
-from tests.conftest import ROOT, assert_refused
+from tests.conftest import assert_refused
 
 SMALL = "lsag_cifar_nano"
 
@@ -76,13 +77,23 @@ def test_features_are_those_of_the_stages():
             extractor(other)
 
 
-def test_timm_is_imported_only_where_it_is_used():
-    script = (
-        "import sys, torch; from lsag import LSAG, load_preset; import lsag.data.transforms\n"
-        "model = LSAG(load_preset('cifar-nano').model); model(torch.zeros(1, 3, 32, 32)).sum().backward()\n"
-        "assert 'timm' not in sys.modules; model.forward_intermediates(torch.zeros(1, 3, 32, 32), indices=1)"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+def test_slow_libraries_are_imported_only_where_they_are_used(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", random_checkpoint(load_preset("digits-nano")))
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    script = """
+import sys, torch
+from lsag import LSAG, load_preset
+from lsag_cli.app import run
+
+model = LSAG(load_preset("cifar-nano").model)
+model(torch.zeros(1, 3, 32, 32)).sum().backward()
+sys.argv = ["lsag", "predict", "a.pt", "a.png"]
+assert run() == 0
+slow = {"timm", "torchvision", "torch._dynamo", "onnx", "triton"}
+assert not slow & set(sys.modules), slow & set(sys.modules)
+model.forward_intermediates(torch.zeros(1, 3, 32, 32), indices=1)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
 
 
 SCRIPTS = {"drop_rate": 0.0, "drop_block_rate": None, "global_pool": None, "bn_momentum": None, "bn_eps": None}

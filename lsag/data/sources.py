@@ -14,7 +14,6 @@ from typing import Protocol
 
 import numpy as np
 from PIL import Image
-from torchvision import datasets
 
 from lsag.config import DATASETS, check_dataset
 from lsag.data.folders import because, image_files, is_folder, listed, walk
@@ -244,6 +243,8 @@ def _digits(train: bool, mode: str) -> Source:
 
 
 def _cifar(dataset: str, data_dir: Path, mode: str, *, train: bool, download: bool) -> Source:
+    from torchvision import datasets
+
     kind = datasets.CIFAR10 if dataset == "cifar10" else datasets.CIFAR100
     try:
         files = kind(str(data_dir), train=train)

@@ -1,4 +1,7 @@
-"""From a decoded image to the model's input; augmentation is timm's."""
+"""From a decoded image to the model's input; augmentation is timm's.
+
+torchvision and timm are imported to train only: they take longer than a prediction.
+"""
 
 from contextlib import suppress
 from functools import partial
@@ -8,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision import transforms
 
 from lsag.config import DataConfig, Preset
 from lsag.errors import UsageError
@@ -29,7 +31,8 @@ TURNS = {
 
 def train_transform(preset: Preset) -> Any:
     """timm's training transform with the preset's augmentation: PIL image -> normalised float32 (C, size, size)."""
-    from timm.data import create_transform  # slow to import, and only training augments
+    from timm.data import create_transform
+    from torchvision.transforms import Compose, RandomCrop
 
     data, augment, size = preset.data, preset.augment, preset.model.image_size
     transform = create_transform(
@@ -45,23 +48,22 @@ def train_transform(preset: Preset) -> Any:
         re_mode="pixel",
     )
     if data.train_crop == "padded":
-        transform.transforms[0] = transforms.Compose(
-            [_resize(size, data), transforms.RandomCrop(size, padding=data.crop_padding)]
-        )
+        crop = RandomCrop(size, padding=data.crop_padding)
+        transform.transforms[0] = Compose([partial(_resize, size=size, data=data), crop])
     return transform
 
 
 def eval_transform(preset: Preset) -> Any:
     """PIL image -> uint8 (C, size, size), upright by its EXIF data: shorter side to `eval_resize`, centre crop."""
+    return partial(_evaluated, preset=preset)
+
+
+def _evaluated(image: Image.Image, preset: Preset) -> Tensor:
     size = preset.model.image_size
-    return transforms.Compose(
-        [
-            partial(upright, mode=preset.image_mode),
-            _resize(preset.data.eval_resize or size, preset.data),
-            transforms.CenterCrop(size),
-            transforms.PILToTensor(),
-        ]
-    )
+    image = _resize(upright(image, mode=preset.image_mode), preset.data.eval_resize or size, preset.data)
+    left, top = (round((side - size) / 2) for side in image.size)
+    pixels = np.array(image.crop((left, top, left + size, top + size))).reshape(size, size, -1)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def check_images(images: Any, preset: Preset) -> None:
@@ -106,8 +108,10 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((levels * 255 // top).astype(np.uint8))
 
 
-def _resize(size: int, data: DataConfig) -> transforms.Resize:
-    return transforms.Resize(size, transforms.InterpolationMode(data.interpolation))
+def _resize(image: Image.Image, size: int, data: DataConfig) -> Image.Image:
+    """The image with its shorter side of `size` pixels, rounded down as by torchvision."""
+    width, height = (size * side // min(image.size) for side in image.size)
+    return image.resize((width, height), Image.Resampling[data.interpolation.upper()])
 
 
 class Normalize(nn.Module):

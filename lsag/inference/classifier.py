@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from lsag.config import Precision
 from lsag.data.transforms import Normalize, check_images, eval_transform
 from lsag.device import DTYPES, choose_device, choose_precision, tf32
 from lsag.inference.providers import check_model, graph_provider
-from lsag.inference.session import Session
+
+if TYPE_CHECKING:
+    from lsag.inference.session import Session
 
 
 class Classifier(nn.Module):
@@ -56,7 +59,7 @@ class Classifier(nn.Module):
 
 def open_model(
     path: str | Path, *, device: str = "auto", provider: str | None = None, precision: Precision | None = None
-) -> Classifier | Session:
+) -> "Classifier | Session":
     """A checkpoint on `device` in `precision` (default: fp32), or an .onnx graph on `device` or a `provider`.
 
     Both take uint8 images, give logits, and have `preset`, `classes`, `transform` and `device_name`. Raises the errors
@@ -64,6 +67,8 @@ def open_model(
     """
     check_model(path, device=device, provider=provider, precision=precision)
     if Path(path).suffix == ".onnx":
+        from lsag.inference.session import Session  # imports onnx
+
         return Session(
             path,
             provider=graph_provider(device, provider),

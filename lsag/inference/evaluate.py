@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,9 @@ from lsag.distributed.world import SINGLE, World
 from lsag.errors import InputError
 from lsag.failpoints import failpoint
 from lsag.inference.classifier import Classifier, open_model
-from lsag.inference.session import Session
+
+if TYPE_CHECKING:
+    from lsag.inference.session import Session
 
 TOP_K = 5
 MAX_DENSE = 1000
@@ -64,7 +66,7 @@ class Evaluation:
     """
 
     metrics: Metrics
-    model: Classifier | Session
+    model: "Classifier | Session"
     dataset: str
     folder: Path | None
     images: list[str]

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from torch import Tensor
 from lsag.data.images import open_image
 from lsag.errors import InputError
 from lsag.inference.classifier import Classifier
-from lsag.inference.session import Session
 from lsag.machine import available_cores
+
+if TYPE_CHECKING:
+    from lsag.inference.session import Session
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Prediction:
 
 
 def predict(
-    model: Classifier | Session, images: Iterable[Path], *, top_k: int = 5, batch_size: int = 64
+    model: "Classifier | Session", images: Iterable[Path], *, top_k: int = 5, batch_size: int = 64
 ) -> Iterator[Prediction]:
     """Yield the `top_k` likeliest classes of each image, in order; only a few batches are held in memory.
 

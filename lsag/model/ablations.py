@@ -1,7 +1,6 @@
 """First blocks of the paper's Table 6 that replace the local one: CvT's here, Swin's in `lsag.model.swin`."""
 
 from torch import Tensor, nn
-from torchvision.ops import Conv2dNormActivation
 
 from lsag.config import ModelConfig, StageConfig
 from lsag.model.blocks import Block, GlobalAttention
@@ -12,6 +11,8 @@ class ConvAttention(GlobalAttention):
     """Table 6, II: CvT's attention. A depthwise convolution and BatchNorm before each projection; M = N / 4 keys."""
 
     def __init__(self, stage: StageConfig, side: int) -> None:
+        from torchvision.ops import Conv2dNormActivation  # takes seconds to import
+
         super().__init__(stage)
         self.side, dim = side, stage.embed_dim
         self.convs = nn.ModuleList(

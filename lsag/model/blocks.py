@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
 
 from lsag.config import ModelConfig, StageConfig
 from lsag.model.cpu import Linear, attention, linear, mlp, uses_onednn
@@ -52,7 +51,7 @@ class ShiftEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """All variants of all patches: (B, C, height, width) -> (B, N, T, D)."""
-        if torch.onnx.is_in_onnx_export():
+        if torch.compiler.is_exporting():
             return self.embed_for_export(images)
         return self.embed_rows(self.shift(images), self.pos, self.kernel_matrices())
 
@@ -266,6 +265,21 @@ class Recomputable(nn.Module):
         return function(*inputs)
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (torchvision's takes seconds to import): a branch is dropped for whole images in training."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> the same shape; what is kept is scaled, so that the mean stays."""
+        if not self.training or not self.rate:
+            return x
+        kept = x.new_empty(len(x), *[1] * (x.dim() - 1)).bernoulli_(1 - self.rate)
+        return x * kept.div_(1 - self.rate)
+
+
 class Block(Recomputable):
     """x + Attention(norm1(x)), then x + MLP(norm2(x)); stochastic depth drops each branch for whole images.
 
@@ -277,7 +291,7 @@ class Block(Recomputable):
         super().__init__()
         self.attn = attn
         self.mlp = MLP(stage.embed_dim, int(stage.embed_dim * config.mlp_ratio))
-        self.drop_path = StochasticDepth(config.drop_path, mode="row")
+        self.drop_path = DropPath(config.drop_path)
 
     def forward(self, x: Tensor, norm1: nn.Module, norm2: nn.Module) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -305,7 +319,7 @@ class LocalBlock(Block):
 
     def forward(self, images: Tensor, embed: ShiftEmbedding, norm1: nn.Module, norm2: nn.Module) -> Tensor:  # type: ignore[override]
         """(B, C, height, width) -> (B, N, D)."""
-        if torch.onnx.is_in_onnx_export():
+        if torch.compiler.is_exporting():
             variants = embed(images)
             return self.add_mlp(variants[:, :, 0] + self.attn(norm1(variants)), norm2)
         matrices, shifted = embed.kernel_matrices(), embed.shift(images)  # once, not for each chunk

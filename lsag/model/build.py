@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils.flop_counter import FlopCounterMode
 
 from lsag.config import ModelConfig, Recompute, TimmConfig
 from lsag.errors import UsageError, first_line
@@ -203,6 +202,8 @@ def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
 
     Counted on the meta device, because torch does not count fused attention on a CPU.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
     copied = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copied(torch.zeros(1, *shape, device="meta"))

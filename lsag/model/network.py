@@ -27,7 +27,7 @@ class Downsample(nn.Module):
         """(B, N, D) -> (B, about N / 4, D')."""
         maps = self.conv(x.transpose(1, 2).unflatten(2, (self.side, self.side)))
         maps = self.norm(maps.permute(0, 2, 3, 1))
-        if torch.onnx.is_in_onnx_export():
+        if torch.compiler.is_exporting():
             return _max_pool(_max_pool(maps, 1), 2).flatten(1, 2)
         return F.max_pool2d(maps.permute(0, 3, 1, 2), 3, stride=2, padding=1).flatten(2).transpose(1, 2)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from lsag import load_preset
 from lsag.data.loading import EpochBatches, TrainSet, batches, eval_loader, train_loader
@@ -184,6 +185,22 @@ def test_evaluation_resizes_crops_and_normalises():
         3, 1, 1
     )
     torch.testing.assert_close(Normalize(preset.data)(pixels[None])[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
+def test_evaluation_prepares_images_as_torchvision_does(interpolation):
+    rng = np.random.default_rng(0)
+    preset = load_preset("digits-nano", {"data.eval_resize": 37, "data.interpolation": interpolation})
+    reference = transforms.Compose(
+        [
+            transforms.Resize(37, transforms.InterpolationMode(interpolation)),
+            transforms.CenterCrop(preset.model.image_size),
+            transforms.PILToTensor(),
+        ]
+    )
+    for _ in range(50):
+        image = Image.fromarray(rng.integers(0, 256, rng.integers(1, 90, 2), dtype=np.uint8))
+        assert torch.equal(eval_transform(preset)(image), reference(image)), image.size
 
 
 def test_evaluation_gives_each_image_once_in_order(folder):

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 
@@ -15,7 +15,13 @@ ACCUM = ["--accum", "2"]
 POINTS = ["mid_write:4", "before_fsync:5", "before_rename:5", "after_rename:5"]
 
 
-@pytest.mark.parametrize(("point", "error"), sampled(product(POINTS, ["enospc", "eio"]), {("mid_write:4", "enospc")}))
+ERRORS = ["enospc", "eio"]
+IN_TURN = list(zip(POINTS, cycle(ERRORS[::-1]), strict=False))
+
+
+@pytest.mark.parametrize(
+    ("point", "error"), sampled(product(POINTS, ERRORS), {("mid_write:4", "enospc")}, often=IN_TURN)
+)
 def test_one_failure_is_survived(server, arguments, undisturbed, tmp_path, point, error):
     run = server.start([*arguments, *ACCUM], tmp_path, {"LSAG_FAILPOINT": f"{point}:{error}"})
     assert run.wait() == 0, run.stderr
@@ -24,7 +30,7 @@ def test_one_failure_is_survived(server, arguments, undisturbed, tmp_path, point
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("error", ["enospc", "eio"])
+@pytest.mark.parametrize("error", ERRORS)
 def test_a_disk_that_stays_full_ends_the_run(server, arguments, undisturbed, tmp_path, error):
     environment = {"LSAG_FAILPOINT": f"mid_write:4+:{error}"}
     run = server.start([*arguments, *ACCUM, "--save-retry", "0.03"], tmp_path, environment)

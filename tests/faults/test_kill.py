@@ -10,7 +10,7 @@ import pytest
 
 from lsag import load_checkpoint
 from tests.faults.driver import assert_same, result, steps_logged, wait_for_step
-from tests.processes import Spawned, gone
+from tests.processes import gone
 
 
 def checkpoints_are_whole(out):
@@ -39,9 +39,10 @@ def kill_and_resume(server, arguments, cwd, seed):
 
 
 @pytest.mark.faults
-def test_killed_at_random_fifty_times(server, arguments, undisturbed, tmp_path):
+@pytest.mark.parametrize("times", [20, pytest.param(50, marks=pytest.mark.full_size)])
+def test_killed_at_random_many_times(server, arguments, undisturbed, tmp_path, times):
     kills, runs = 0, 0
-    while kills < 50:
+    while kills < times:
         runs += 1
         cwd = tmp_path / str(runs)
         cwd.mkdir()
@@ -68,10 +69,13 @@ POINTS = [
 ]
 
 
-def sampled(points, sample):
-    """All of the points, of which only the sample runs by default."""
-    each = [(point, point if isinstance(point, tuple) else (point,)) for point in points]
-    return [pytest.param(*values, marks=() if point in sample else pytest.mark.faults) for point, values in each]
+def sampled(points, default, often=None):
+    """All of the points: which run by default, and which `often`, in `.ci/run` (None: all)."""
+    for point in points:
+        marks = [] if point in default else [pytest.mark.faults]
+        if point not in default and often is not None and point not in often:
+            marks.append(pytest.mark.full_size)
+        yield pytest.param(*(point if isinstance(point, tuple) else (point,)), marks=marks)
 
 
 @pytest.mark.parametrize("point", sampled(POINTS, {"before_rename:6"}))
@@ -90,9 +94,9 @@ def test_killed_at_a_point(server, arguments, undisturbed, tmp_path, point):
 FOUR = ["--procs", "4", "--accum", "2"]
 
 
-def kill_one_of_four(arguments, cwd, step, victim):
+def kill_one_of_four(server, arguments, cwd, step, victim):
     """Kill rank `victim`, or the launcher for -1, after `step`; the others must go. Gives what stderr says."""
-    run = Spawned([*arguments, *FOUR], cwd)
+    run = server.start([*arguments, *FOUR], cwd)
     wait_for_step(cwd / "run", step)
     ranks = run.ranks()
     assert len(ranks) == 4
@@ -109,24 +113,24 @@ def kill_one_of_four(arguments, cwd, step, victim):
 
 
 @pytest.mark.faults
-def test_each_of_four_ranks_and_their_launcher_killed_in_turn(arguments, undisturbed_4, tmp_path):
+def test_each_of_four_ranks_and_their_launcher_killed_in_turn(server, arguments, undisturbed_4, tmp_path):
     moments, step = random.Random(4), 0
     for victim in range(-1, 4):
         step += moments.randint(4, 13)
-        said = kill_one_of_four(arguments, tmp_path, step, victim)
+        said = kill_one_of_four(server, arguments, tmp_path, step, victim)
         (error,) = [line for line in said.splitlines() if "error" in line]
         assert f"{f'rank {victim}' if victim >= 0 else 'the launcher'} (process" in error, said
         assert ("was killed by SIGKILL" if victim >= 0 else "is gone") in error, said
         assert "resume with: lsag train --resume run" in error and "Traceback" not in said, said
         step = steps_logged(tmp_path / "run")
-    run = Spawned([*arguments, *FOUR], tmp_path)
+    run = server.start([*arguments, *FOUR], tmp_path)
     assert run.wait() == 0, run.stderr
     assert_same(result(tmp_path / "run"), undisturbed_4)
 
 
 @pytest.mark.faults
-def test_restarts_resume_automatically(arguments, undisturbed_4, tmp_path):
-    run = Spawned([*arguments, *FOUR, "--max-restarts", "2"], tmp_path)
+def test_restarts_resume_automatically(server, arguments, undisturbed_4, tmp_path):
+    run = server.start([*arguments, *FOUR, "--max-restarts", "2"], tmp_path)
     for step, victim in ((20, 1), (45, 0)):
         wait_for_step(tmp_path / "run", step)
         os.kill(run.ranks()[victim], signal.SIGKILL)
@@ -136,8 +140,8 @@ def test_restarts_resume_automatically(arguments, undisturbed_4, tmp_path):
 
 
 @pytest.mark.faults
-def test_a_rank_that_stands_still_is_named(arguments, tmp_path):
-    run = Spawned([*arguments, *FOUR], tmp_path)
+def test_a_rank_that_stands_still_is_named(server, arguments, tmp_path):
+    run = server.start([*arguments, *FOUR], tmp_path)
     wait_for_step(tmp_path / "run", 20)
     ranks = run.ranks()
     os.kill(ranks[3], signal.SIGSTOP)
@@ -149,7 +153,7 @@ def test_only_one_run_at_a_time(server, arguments, tmp_path):
     first = server.start([*arguments, "--epochs", "5000"], tmp_path)
     wait_for_step(tmp_path / "run", 3)
     (tmp_path / "second").mkdir()
-    second = Spawned([*arguments[:-7], str(tmp_path / "run"), *arguments[-6:]], tmp_path / "second")
+    second = server.start([*arguments[:-7], str(tmp_path / "run"), *arguments[-6:]], tmp_path / "second")
     assert arguments[-7] == "run" and second.wait() == 6
     assert f"is in use by process {first.pid} on " in second.stderr and len(second.stderr.splitlines()) == 1
     os.kill(first.pid, signal.SIGTERM)

@@ -31,7 +31,7 @@ def test_four_ranks_learn_what_one_that_accumulates_learns(server, arguments, un
 def test_a_run_resumes_with_another_number_of_ranks(server, arguments, undisturbed_4, tmp_path):
     run = server.start([*arguments, "--accum", "8"], tmp_path, {"LSAG_FAILPOINT": "fetch:400:term"})
     assert run.wait() == 143, run.stderr
-    run = Spawned([*arguments, "--procs", "2", "--accum", "4"], tmp_path)
+    run = server.start([*arguments, "--procs", "2", "--accum", "4"], tmp_path)
     assert run.wait() == 0, run.stderr
     assert "resumed after step 50" in run.stderr
     for ours, theirs in zip(rows(tmp_path / "run"), undisturbed_4["steps"], strict=True):
@@ -39,14 +39,14 @@ def test_a_run_resumes_with_another_number_of_ranks(server, arguments, undisturb
 
 
 @pytest.mark.faults
-def test_all_ranks_skip_together_and_stop_together(arguments, tmp_path):
+def test_all_ranks_skip_together_and_stop_together(server, arguments, tmp_path):
     once, ever = tmp_path / "once", tmp_path / "ever"
     once.mkdir()
     ever.mkdir()
-    run = Spawned([*arguments, "--procs", "2"], once, {"LSAG_FAILPOINT": "after_forward:50:nan@1"})
+    run = server.start([*arguments, "--procs", "2"], once, {"LSAG_FAILPOINT": "after_forward:50:nan@1"})
     assert run.wait() == 0, run.stderr
     assert [row["step"] for row in rows(once / "run") if row["loss"] is None] == [50]
-    run = Spawned([*arguments, "--procs", "2"], ever, {"LSAG_FAILPOINT": "after_forward:50+:nan@1"})
+    run = server.start([*arguments, "--procs", "2"], ever, {"LSAG_FAILPOINT": "after_forward:50+:nan@1"})
     assert run.wait() == 5, run.stderr
     errors = [line for line in run.stderr.splitlines() if "error" in line]
     assert len(errors) == 1 and "in 10 steps in a row" in errors[0] and "is the last good checkpoint" in errors[0]
@@ -54,11 +54,11 @@ def test_all_ranks_skip_together_and_stop_together(arguments, tmp_path):
 
 
 @pytest.mark.faults
-def test_an_error_of_all_ranks_is_told_once(arguments, material, tmp_path):
+def test_an_error_of_all_ranks_is_told_once(server, arguments, material, tmp_path):
     shutil.copytree(material / "data", tmp_path / "data")
     (tmp_path / "data/train/class-2/7.png").write_bytes(b"no image")
     where = arguments.index("--data-dir") + 1
-    run = Spawned([*arguments[:where], "data", *arguments[where + 1 :], "--procs", "4"], tmp_path)
+    run = server.start([*arguments[:where], "data", *arguments[where + 1 :], "--procs", "4"], tmp_path)
     assert run.wait() == 3
     assert len(run.stderr.splitlines()) == 1 and "class-2/7.png: not an image" in run.stderr
     assert not (tmp_path / "run").exists()
@@ -75,8 +75,8 @@ def test_a_rank_that_ends_without_a_word_while_the_other_starts_is_the_cause(arg
 
 
 @pytest.mark.faults
-def test_a_killed_launcher_is_named_once(arguments, tmp_path):
-    run = Spawned([*arguments, "--procs", "2", "--epochs", "5000"], tmp_path)
+def test_a_killed_launcher_is_named_once(server, arguments, tmp_path):
+    run = server.start([*arguments, "--procs", "2", "--epochs", "5000"], tmp_path)
     wait_for_step(tmp_path / "run", 20)
     ranks = run.ranks()
     os.kill(run.pid, signal.SIGKILL)

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 
@@ -16,7 +16,13 @@ ACCUM = ["--accum", "2"]
 SLOW = ["--save-minutes", "5"]
 
 
-@pytest.mark.parametrize(("point", "kind"), sampled(product(POINTS, ["term", "int"]), {("after_forward:85", "term")}))
+KINDS = ["term", "int"]
+IN_TURN = list(zip(POINTS, cycle(KINDS), strict=False))
+
+
+@pytest.mark.parametrize(
+    ("point", "kind"), sampled(product(POINTS, KINDS), {("after_forward:85", "term")}, often=IN_TURN)
+)
 def test_stopped_in_every_phase(server, arguments, undisturbed, tmp_path, point, kind):
     run = server.start([*arguments, *ACCUM], tmp_path, {"LSAG_FAILPOINT": f"{point}:{kind}"})
     start = time.monotonic()
@@ -94,8 +100,8 @@ LAUNCHED = [
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("to", "number", "code"), LAUNCHED)
-def test_stopping_several_processes(arguments, tmp_path, to, number, code):
-    run = Spawned([*arguments, *SLOW, "--procs", "2", "--epochs", "5000"], tmp_path)  # it does not end by itself
+def test_stopping_several_processes(server, arguments, tmp_path, to, number, code):
+    run = server.start([*arguments, *SLOW, "--procs", "2", "--epochs", "5000"], tmp_path)  # it does not end by itself
     wait_for_step(tmp_path / "run", 45)
     ranks = run.ranks()
     if to == "launcher":

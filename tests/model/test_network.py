@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from torchvision.ops import stochastic_depth
 
 import lsag.model.cpu
 from lsag import LSAG, ModelConfig, load_preset
+from lsag.model.blocks import DropPath
 from lsag.paper.released import as_released
 from lsag.presets import preset_names
 from tests.conftest import ABLATIONS, CIFAR_SHIFTS, IMAGENET_SHIFTS, ONE_SHIFT, images, randomise, small_config
@@ -189,6 +191,14 @@ def test_drop_path_acts_in_training_only():
     assert not torch.equal(first, model(batch))
     torch.manual_seed(0)
     assert torch.equal(first, model(batch))
+
+
+def test_drop_path_draws_as_torchvision_does():
+    x = torch.randn(64, 3, 5)
+    torch.manual_seed(0)
+    expected = stochastic_depth(x, 0.3, "row")
+    torch.manual_seed(0)
+    assert torch.equal(DropPath(0.3)(x), expected)
 
 
 def test_initialisation():
