@@ -12,6 +12,7 @@ import torch
 
 from lsag.config import Precision
 from lsag.errors import UnavailableError, UsageError
+from lsag.machine import multiplies_bf16
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The type of matrix products in each precision. tf32 is fp32 that NVIDIA's tensor cores round to 10 bits first."""
@@ -59,13 +60,13 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def choose_precision(device: torch.device, precision: Precision = "auto") -> Precision:
-    """`auto` is bf16 on CUDA, or fp16 on GPUs that have no bf16, and elsewhere fp32.
+    """`auto` is bf16 on GPUs and processors that multiply it natively, fp16 on other CUDA GPUs, and elsewhere fp32.
 
     UsageError for one that is unknown, or that the device does not have.
     """
     if precision == "auto":
         if device.type != "cuda":
-            return "fp32"
+            return "bf16" if device.type == "cpu" and multiplies_bf16() else "fp32"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision not in DTYPES:
         raise UsageError(f"unknown precision '{precision}'", f"use one of: auto, {', '.join(DTYPES)}")

@@ -106,11 +106,13 @@ def changed(preset: Preset, changes: dict[str, object]) -> Preset:
 
 def run(preset: Preset, out: Path, **options: Any) -> list[Any]:
     """The events of a whole training on the CPU."""
+    options = {"precision": "fp32"} | options  # "auto" depends on the processor
     return list(train(preset, TrainOptions(data_dir=out.parent, out=out, device="cpu", **options)))
 
 
 def stop_after(preset: Preset, out: Path, steps: int, **options: Any) -> None:
     """Train until `steps` are reported, with a save after each, and abandon it there without a word, as a kill does."""
+    options = {"precision": "fp32"} | options
     going = train(preset, TrainOptions(data_dir=out.parent, out=out, device="cpu", save_minutes=0, **options))
     for event in going:
         if not isinstance(event, Started) and event.step >= steps:
@@ -142,6 +144,7 @@ TINY = [
     "--set=model.stages=[{embed_dim=8,depth=2,num_heads=2},{embed_dim=8,depth=1,num_heads=2}]",
     "--set=train.warmup_epochs=0",
     "--epochs=1",
+    "--precision=fp32",
 ]
 """Options that make `lsag train` finish in seconds."""
 

@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import inspect
 import json
+import logging
 import os
 import pkgutil
 import select
@@ -140,6 +141,7 @@ def _forked(popen: Any, command: list[str], *others: Any) -> None:
             if stream != -1:
                 os.dup2(stream, descriptor)
         os.closerange(3, 1024)
+        logging.disable(logging.NOTSET)  # the launcher silences torch's agent
         os.environ.clear()
         os.environ.update(given["env"])
         if "RANK" in os.environ and sys.platform == "linux":

@@ -46,6 +46,9 @@ def begin(preset: Preset, data: Data, run: NoRun, world: World, options: TrainOp
         notes.append(f"train.freeze = {preset.train.freeze} keeps {frozen:,} parameters as they are")
     optimizer = make_optimizer(model, preset.train)
     precision = choose_precision(world.device, options.precision)
+    if options.precision == "auto" and world.device.type == "cpu":
+        native = "multiplies" if precision == "bf16" else "does not multiply"
+        notes.append(f"precision {precision}: this processor {native} bf16 natively")
     state = State(
         model=model,
         optimizer=optimizer,

@@ -10,6 +10,9 @@ from tests.faults.driver import PRESET, STEPS, make_data, result
 from tests.processes import Server, Spawned
 
 
+FP32 = ["--precision", "fp32"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests read lists of processes from /proc; without it they are shown as skipped."""
     if not Path("/proc/self/stat").exists():
@@ -31,7 +34,7 @@ def material(made_once: MadeOnce) -> Path:
 def arguments(material: Path) -> list[str]:
     """The run, to be begun or resumed in ./run: two slices of accumulation, no workers."""
     preset, data = str(material / "small.toml"), str(material / "data")
-    shared = ["train", "--preset", preset, "--data-dir", data, "--resume", "--out", "run", "--device", "cpu"]
+    shared = ["train", "--preset", preset, "--data-dir", data, "--resume", *FP32, "--out", "run", "--device", "cpu"]
     return [*shared, "--workers", "0", "--save-minutes", "0.003"]
 
 
@@ -61,7 +64,7 @@ def undisturbed_4(material: Path, made_once: MadeOnce) -> dict[str, object]:
 
 def undisturbed_run(material: Path) -> list[str]:
     preset, data = str(material / "small.toml"), str(material / "data")
-    return ["train", "--preset", preset, "--data-dir", data, "--out", "run", "--device", "cpu", "--workers", "0"]
+    return ["train", "--preset", preset, "--data-dir", data, *FP32, "--out", "run", "--device", "cpu", "--workers", "0"]
 
 
 @pytest.fixture(autouse=True)

@@ -489,12 +489,12 @@ def test_nonsense_in_the_environment_is_refused(lsag):
 
 
 @pytest.mark.slow
-def test_ranks_train_into_any_folder_and_from_any_folder(lsag, tmp_path):
+def test_ranks_train_into_any_folder_and_from_any_folder(lsag_afresh, tmp_path):
     """The launcher makes a folder named after the run, torch replaces $-names, and Python likes to import queue.py."""
     for name in ("queue", "random", "timm"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('executed')")
     out = tmp_path / ("deep" * 30) / ("$$${local_rank}" * 9)
-    done = lsag("train", *TINY, "--device", "cpu", "--procs", "2", "--workers", "0", "--out", out)
+    done = lsag_afresh("train", *TINY, "--device", "cpu", "--procs", "2", "--workers", "0", "--out", out)
     assert done.returncode == 0, done.stderr
     assert (out / "best.pt").is_file()
 
