@@ -373,7 +373,7 @@ def train_on_folder(lab: Lab, name: str, _: object) -> Named:
 def guesses(lab: Lab) -> Iterator[Task]:
     """Part 6."""
     changes: dict[str, Change] = {"no chunks": partial(set_local, "chunk_bytes", None)}
-    for factor in (16, GPU_CHUNK_FACTOR, 1024):
+    for factor in (8, GPU_CHUNK_FACTOR, 512):
         size = CHUNK_BYTES * factor // GPU_CHUNK_FACTOR
         changes[f"chunk factor {factor}"] = partial(set_local, "chunk_bytes", size)
     for kind in ("FLASH", "CUDNN", "EFFICIENT"):

@@ -72,7 +72,9 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, max=65_536, help=
 OldBatch = Annotated[int | None, typer.Option("--batch", min=1, max=65_536, hidden=True)]
 Precision = Annotated[
     config.Precision,
-    typer.Option("--precision", help="Precision of matrix products; auto is bf16 where the device multiplies it natively."),
+    typer.Option(
+        "--precision", help="Precision of matrix products; auto is bf16 where the device multiplies it natively."
+    ),
 ]
 ModelPrecision = Annotated[
     config.Precision | None,

@@ -156,7 +156,10 @@ def train(
     accum: Annotated[int, typer.Option(min=1, help="Gradient-accumulation steps.", rich_help_panel=SPEED)] = 1,
     precision: Annotated[
         Precision,
-        typer.Option(help="auto: bf16 where the device multiplies it natively; else fp16 on CUDA, fp32 elsewhere.", rich_help_panel=SPEED),
+        typer.Option(
+            help="auto: bf16 where the device multiplies it natively; else fp16 on CUDA, fp32 elsewhere.",
+            rich_help_panel=SPEED,
+        ),
     ] = "auto",
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the model.", rich_help_panel=SPEED)

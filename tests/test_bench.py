@@ -36,7 +36,9 @@ def test_every_kind_of_contender_is_measured(files, tiny_preset):
     heard = []
     specs = [*map(str, files), f"plain:{files[0]}", "timm:test_vit,img_size=32", f"host:{files[1]}"]
     specs.append(f"openvino:{files[1]}")
-    done = bench(specs, batch_size=2, device="cpu", rounds=2, threads=1, on_round=heard.append)
+    done = bench(
+        specs, batch_size=2, device="cpu", precision="fp32", rounds=2, threads=1, on_round=heard.append
+    )
     assert heard == [0, 1, 2] and done.threads == 1 and list(done.matrix_rates) == ["fp32"]
     ours, graph, released, *_ = done.results
     total = count(tiny_preset.model)

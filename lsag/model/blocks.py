@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lsag.config import ModelConfig, StageConfig
-from lsag.model.cpu import Linear, attention, linear, mlp, uses_onednn
+from lsag.model.cpu import Linear, attention, linear, mlp
 
 # The release's value; the paper names none.
 NORM_EPS = 1e-6
-# Size of the variants that exist at a time, in fp32. On a CPU they stay in its cache; a GPU gets larger chunks for
-# fewer kernels (docs/benchmarks.md, Where the speed comes from, On a GPU).
-CHUNK_BYTES, GPU_CHUNK_FACTOR = 2**22, 256
+# Size of the variants that exist at a time. On a CPU they stay in its cache; a GPU gets larger chunks for fewer kernels
+# (docs/benchmarks.md, Where the time goes, On a GPU).
+CHUNK_BYTES, GPU_CHUNK_FACTOR = 2**22, 128
 # A GPU's fast matrix products need rows of whole 16 bytes, in half precision as many values as this.
 GPU_ALIGNMENT = 8
 
@@ -134,14 +134,14 @@ class ShiftEmbedding(nn.Module):
         weight, bias = self.kernels()
         return weight.permute(0, 3, 4, 2, 1).flatten(1, 3), bias.unsqueeze(1)
 
-    def chunk_size(self, batch_size: int, num_bytes: int) -> tuple[int, int]:
-        """The number of images, and of their token rows, whose variants take about `num_bytes` in fp32.
+    def chunk_size(self, batch_size: int, num_values: int) -> tuple[int, int]:
+        """The number of images, and of their token rows, whose variants are about `num_values` numbers.
 
         More images come before more rows, as the same row of all images has the same positions.
         """
         num_tokens, _, dim = self.pos.shape
         side = math.isqrt(num_tokens)
-        num_rows = max(1, num_bytes // (side * len(self.shifts) * dim * 4))  # of all images together
+        num_rows = max(1, num_values // (side * len(self.shifts) * dim))  # of all images together
         num_images = max(1, min(batch_size, num_rows))
         return num_images, min(side, num_rows // num_images)
 
@@ -326,23 +326,24 @@ class LocalBlock(Block):
         branch_scale = self.drop_path(images.new_ones(images.shape[0], 1, 1))  # stochastic depth, once for all chunks
 
         pos: Tensor = embed.pos
-        gpu, trains = on_gpu(images), torch.is_grad_enabled()
+        gpu = on_gpu(images)
+        apart = torch.is_grad_enabled() and (gpu or torch.is_autocast_enabled("cpu"))
 
         def attend(branch_scale: Tensor, shifted: Tensor, pos: Tensor) -> Tensor:
-            if not (gpu and trains):
+            if not apart:
                 variants = embed.embed_rows(shifted, pos, matrices)
                 return torch.addcmul(variants[:, :, 0], branch_scale, self.attn(norm1(variants)))
-            # Embedding the unshifted ones again keeps them in fp32, and saves gradients as large as all variants.
-            own = embed.embed_rows(shifted[:1], pos[:, :1], (matrices[0][:1], matrices[1][:1]))[:, :, 0]
+            # Embedding the unshifted ones again gives them a type of their own, and saves gradients as large as all.
+            own = embed.embed_rows(shifted[:1], residual(pos[:, :1]), (matrices[0][:1], matrices[1][:1]))[:, :, 0]
             variants = norm_as_is(norm1, embed.embed_rows(shifted, in_autocast_dtype(pos), matrices))  # type: ignore[arg-type]
-            return torch.addcmul(own, branch_scale, self.attn(variants, norm1(own)))
+            return torch.addcmul(own, branch_scale.to(own.dtype), self.attn(variants, norm1(own)))
 
-        # A compiler fuses one graph for any batch. On a GPU, training that keeps everything anyway saves launches.
-        if self.chunk_bytes is None or torch.compiler.is_compiling() or (gpu and trains and not self.recompute):
+        # A compiler fuses one graph for any batch. Training that keeps everything anyway saves the trouble.
+        if self.chunk_bytes is None or torch.compiler.is_compiling() or (apart and not self.recompute):
             x = self.maybe_recompute(attend, branch_scale, shifted, pos)
         else:
-            factor = GPU_CHUNK_FACTOR if gpu else 1
-            num_images, num_rows = embed.chunk_size(images.shape[0], self.chunk_bytes * factor)
+            num_bytes = self.chunk_bytes * (GPU_CHUNK_FACTOR if gpu else 1)
+            num_images, num_rows = embed.chunk_size(images.shape[0], num_bytes // images.element_size())
             # Split once, not per image: the gradient of a slice is as large as the whole.
             positions = pos.split(num_rows * math.isqrt(len(pos)))
             parts = []
@@ -350,10 +351,12 @@ class LocalBlock(Block):
                 rows = zip(embed.split_rows(copies, num_rows), positions, strict=True)
                 parts.append(torch.cat([self.maybe_recompute(attend, scale, *row) for row in rows], dim=1))
             x = torch.cat(parts)
-        # Through oneDNN the MLP keeps only its input in any case.
-        if uses_onednn(x, self.mlp[0].weight):  # type: ignore[arg-type]
-            return self.add_mlp(x, norm2)
         return self.maybe_recompute(lambda x: self.add_mlp(x, norm2), x)
+
+
+def residual(x: Tensor) -> Tensor:
+    """`x` in the type of the sums of residuals: under autocast fp32 on a GPU, the type of products on a CPU."""
+    return in_autocast_dtype(x) if x.device.type == "cpu" else x
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:

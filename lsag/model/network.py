@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lsag.config import ModelConfig, StageConfig
 from lsag.model.ablations import ConvBlock
-from lsag.model.blocks import NORM_EPS, Block, GlobalAttention, LocalBlock, ShiftEmbedding, init_weights
+from lsag.model.blocks import NORM_EPS, Block, GlobalAttention, LocalBlock, ShiftEmbedding, init_weights, residual
 from lsag.model.cpu import Linear
 from lsag.model.timm_methods import TimmMethods
 
@@ -67,7 +67,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, embed: ShiftEmbedding | None = None) -> Tensor:
         """Tokens (B, N, D) of the stage before, or for the first stage images (B, C, height, width) -> (B, N', D')."""
         if embed is None:
-            x = self.down(x) + self.pos
+            x = residual(self.down(x)) + residual(self.pos)
         elif not isinstance(self.blocks[0], LocalBlock):
             x = embed(x)[:, :, 0]  # the unshifted variant
         for block in self.blocks:

@@ -9,7 +9,6 @@ from tests.conftest import MadeOnce
 from tests.faults.driver import PRESET, STEPS, make_data, result
 from tests.processes import Server, Spawned
 
-
 FP32 = ["--precision", "fp32"]
 
 

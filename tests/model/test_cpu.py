@@ -49,37 +49,46 @@ def test_products_and_gradients_are_those_of_torch(x, wide, bias):
         torch.testing.assert_close(linear(x, weight, offset), expected)
 
 
-@needs_onednn
-def test_only_fp32_on_a_cpu_goes_through_onednn(monkeypatch):
+@pytest.fixture
+def calls(monkeypatch):
+    """A list that grows with every product through oneDNN."""
     calls = []
     real = lsag.model.cpu._onednn
     monkeypatch.setattr(lsag.model.cpu, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
+    return calls
+
+
+@needs_onednn
+def test_only_inference_on_a_cpu_goes_through_onednn(calls):
     layer, x = Linear(4, 4), torch.randn(2, 4)
     layer(x)
-    assert calls.pop() and not calls
-    layer.double()(x.double())
-    layer.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype is torch.bfloat16
-    assert layer.to("meta")(x.to("meta")).device.type == "meta"
-    as_released(LSAG(small_config())).forward(torch.randn(1, 3, 12, 12))
-    assert not calls
+    with torch.inference_mode():
+        layer.double()(x.double())
+        layer.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype is torch.bfloat16
+        assert layer.to("meta")(x.to("meta")).device.type == "meta"
+        as_released(LSAG(small_config())).forward(torch.randn(1, 3, 12, 12))
+        assert not calls
+        for dtype in (torch.float32, torch.bfloat16):
+            expected = nn.functional.linear(x, weight := torch.randn(4, 4))
+            found = linear(x.to(dtype), weight.to(dtype))
+            assert calls.pop() and found.dtype is dtype
+            torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
 
 
 @needs_onednn
-def test_elsewhere_attention_and_gradients_are_left_to_torch(monkeypatch):
-    calls = []
-    real = lsag.model.cpu._onednn
-    monkeypatch.setattr(lsag.model.cpu, "MKL_IS_SLOW", False)
-    monkeypatch.setattr(lsag.model.cpu, "_onednn", lambda *arguments: calls.append(1) or real(*arguments))
-    block, x = MLP(6, 20), torch.randn(2, 6)
-    block(x)
+@pytest.mark.parametrize("mkl_is_slow", [True, False])
+def test_attention_in_fp32_goes_through_onednn_where_mkl_is_slow(monkeypatch, calls, mkl_is_slow):
+    monkeypatch.setattr(lsag.model.cpu, "MKL_IS_SLOW", mkl_is_slow)
     query = torch.randn(1, 1, 300, 8)
+    attention(query, query, query)
     with torch.inference_mode():
-        attention(query, query, query)
+        attention(query.bfloat16(), query.bfloat16(), query.bfloat16())
+        attention(query[:, :, :200], query[:, :, :200], query[:, :, :200])
         assert not calls
-        block(x)
-    assert len(calls) == 2
+        attention(query, query, query)
+    assert bool(calls) is mkl_is_slow
 
 
 PROCESSORS = {
@@ -123,9 +132,22 @@ def test_attention_is_that_of_torch(queries):
         torch.testing.assert_close(ours, theirs)
 
 
-@needs_onednn
-def test_attention_keeps_no_weights():
-    query, key, value, shapes = *torch.randn(3, 1, 1, 300, 8, requires_grad=True), []
+@pytest.mark.parametrize("chunk", [2**22, 1])
+def test_gradients_of_attention_in_bf16_are_those_in_fp32(monkeypatch, chunk):
+    monkeypatch.setattr(lsag.model.cpu, "ATTENTION_BYTES", chunk)
+    query = torch.randn(2, 70, 3, 8).transpose(1, 2).bfloat16().requires_grad_()
+    key, value = torch.randn(2, 40, 2, 3, 8, dtype=torch.bfloat16, requires_grad=True).permute(2, 0, 3, 1, 4)
+    leaves, grad = (query, key, value), torch.randn(2, 70, 3, 8).transpose(1, 2)
+    expected = nn.functional.scaled_dot_product_attention(*(leaf.float() for leaf in leaves))
+    found = attention(*leaves)
+    ours = torch.autograd.grad(found, leaves, grad.bfloat16())
+    for mine, other in zip((found, *ours), (expected, *torch.autograd.grad(expected, leaves, grad)), strict=True):
+        assert mine.dtype is torch.bfloat16
+        assert (mine - other).norm() / other.norm() < 0.01
+
+
+def test_attention_in_bf16_keeps_no_weights():
+    query, key, value, shapes = *torch.randn(3, 1, 1, 300, 8, dtype=torch.bfloat16, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda saved: shapes.append(saved.shape) or saved, lambda saved: saved
     ):
@@ -135,33 +157,18 @@ def test_attention_keeps_no_weights():
 
 @pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
 def test_the_mlp_is_that_of_torch(monkeypatch, x):
-    """Values, and gradients, for which GELU is recomputed and changed in place."""
     block = MLP(6, 20)
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     leaves = [x, *block.parameters()]
     found, expected = block(x), nn.Sequential.forward(block, x)
     grad = torch.randn(expected.shape)
-    theirs = torch.autograd.grad(expected, leaves, grad)
-    # Repeatedly from the same saved tensors: all rows at a time, two, one.
-    for rows in (MLP_ROWS, MLP_ROWS, 2, 1):
-        monkeypatch.setattr(lsag.model.cpu, "MLP_ROWS", rows)
-        ours = torch.autograd.grad(found, leaves, grad, retain_graph=True)
-        for mine, other in zip([found, *ours], [expected, *theirs], strict=True):
-            torch.testing.assert_close(mine, other)
+    ours, theirs = torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad)
+    for mine, other in zip([found, *ours], [expected, *theirs], strict=True):
+        torch.testing.assert_close(mine, other)
     for rows in (MLP_ROWS, 2, 1):  # all rows at a time, two, one
         monkeypatch.setattr(lsag.model.cpu, "MLP_ROWS", rows)
         with torch.inference_mode():
             torch.testing.assert_close(block(x), expected)
-
-
-@needs_onednn
-def test_the_mlp_keeps_only_its_input():
-    block, shapes = MLP(6, 20), []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda saved: shapes.append(saved.shape) or saved, lambda saved: saved
-    ):
-        block(torch.randn(1000, 6))
-    assert shapes == [(1000, 6), (20, 6), (20,), (6, 20)]
 
 
 def test_a_frozen_layer_gets_no_gradient():

@@ -117,7 +117,8 @@ if torch.__version__.startswith("2.11."):  # draws other initial weights
     GOLDEN = ((2.28205, 2.21470), (2.16589, 1.98240), (2.00914, 1.87360))
 
 
-def test_golden_losses(tmp_path):
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-4), ("bf16", 2e-2)])
+def test_golden_losses(tmp_path, precision, tolerance):
     preset = load_preset(
         "digits-nano",
         {
@@ -126,9 +127,9 @@ def test_golden_losses(tmp_path):
             "train.warmup_epochs": 1,
         },
     )
-    epochs = [event for event in run(preset, tmp_path / "run") if isinstance(event, Epoch)]
+    epochs = [event for event in run(preset, tmp_path / "run", precision=precision) if isinstance(event, Epoch)]
     for epoch, expected in zip(epochs, GOLDEN, strict=True):
-        assert (epoch.train_loss, epoch.eval_loss) == pytest.approx(expected, rel=2e-4)
+        assert (epoch.train_loss, epoch.eval_loss) == pytest.approx(expected, rel=tolerance)
 
 
 def test_folders_bring_their_classes(tmp_path, tiny_preset):
