@@ -4,7 +4,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -186,14 +186,14 @@ def bench(
 
 def _set_up(contenders: Sequence[Contender], *, precision: str, compile: bool, recompute: Recompute) -> None:
     """Compile all models, and let lsag's own recompute."""
-    if precision != "auto" and not any(each.model or each.name.startswith("openvino:") for each in contenders):
+    if precision != "auto" and not any(each.model or "openvino:" in each.name for each in contenders):
         raise UsageError("a graph has the precision it was exported with", "remove --precision")
     if compile and all(contender.model is None for contender in contenders):
         raise UsageError("there is nothing to compile: .onnx graphs run in other runtimes", "remove --compile")
     for contender in contenders:
         if compile and contender.model is not None:
             contender.model.compile()
-        if isinstance(contender.model, LSAG) and not contender.name.startswith("plain:"):
+        if isinstance(contender.model, LSAG) and "plain:" not in contender.name:
             set_recompute(contender.model, recompute)
 
 
@@ -222,10 +222,15 @@ def open_contender(
     The prefix `plain:` takes the released formulation of LSAG, `compiled:` compiles with torch. `,KEY=VALUE` after a
     preset are settings of it, after a name of timm's arguments. Presets and timm's models have random weights.
     A graph gets images that are already on the device, as models do; `host:` includes copying them there and the
-    logits back, and `openvino:` runs it in OpenVINO instead of onnxruntime, in `precision`. UsageError or InputError
-    for what is none of these.
+    logits back, and `openvino:` runs it in OpenVINO instead of onnxruntime, in `precision`. In front of all that `bf16:`
+    and the like take the place of `precision`. UsageError or InputError for what is none of these.
     """
     kind, _, rest = spec.partition(":")
+    if kind in DTYPES:
+        opened = open_contender(rest, mode=mode, device=device, precision=kind, threads=threads)  # type: ignore[arg-type]
+        if opened.precision != kind:
+            raise UsageError(f"{rest} computes in {opened.precision}, as it was exported", f"remove {kind}:")
+        return replace(opened, name=spec)
     if spec.endswith(".onnx"):
         if mode == "training":
             raise UsageError(f"{spec} is a graph, which cannot be trained", "choose a preset or a checkpoint")
@@ -283,7 +288,7 @@ def make_run(contender: Contender, mode: Mode, batch_size: int, device: torch.de
     generator = torch.Generator().manual_seed(0)
     if contender.model is None:
         pixels = torch.randint(0, 256, (batch_size, *contender.shape), dtype=torch.uint8, generator=generator)
-        if isinstance(contender.classify, Session) and not contender.name.startswith("host:"):
+        if isinstance(contender.classify, Session) and "host:" not in contender.name:
             return contender.classify.bind(pixels)
         return lambda: contender.classify(pixels)
     model, images = contender.model, torch.randn(batch_size, *contender.shape, generator=generator).to(device)

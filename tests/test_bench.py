@@ -36,9 +36,7 @@ def test_every_kind_of_contender_is_measured(files, tiny_preset):
     heard = []
     specs = [*map(str, files), f"plain:{files[0]}", "timm:test_vit,img_size=32", f"host:{files[1]}"]
     specs.append(f"openvino:{files[1]}")
-    done = bench(
-        specs, batch_size=2, device="cpu", precision="fp32", rounds=2, threads=1, on_round=heard.append
-    )
+    done = bench(specs, batch_size=2, device="cpu", precision="fp32", rounds=2, threads=1, on_round=heard.append)
     assert heard == [0, 1, 2] and done.threads == 1 and list(done.matrix_rates) == ["fp32"]
     ours, graph, released, *_ = done.results
     total = count(tiny_preset.model)
@@ -118,6 +116,14 @@ def test_each_contender_has_its_own_precision(files):
     assert [result.precision for result in done.results] == ["fp32", "bf16"]
     for result in done.results:
         assert result.share == pytest.approx(result.macs_per_second / done.matrix_rates[result.precision])
+
+
+def test_contenders_of_several_precisions_take_turns(files):
+    specs = [f"{precision}:{prefix}{files[0]}" for precision in ("bf16", "fp32") for prefix in ("", "plain:")]
+    done = bench([*specs, f"fp32:host:{files[1]}"], batch_size=1, device="cpu", rounds=1, threads=1)
+    assert [(one.name, one.precision) for one in done.results[:4]] == [(spec, spec[:4]) for spec in specs]
+    with pytest.raises(UsageError, match=r"a\.onnx computes in fp32, as it was exported — remove bf16:"):
+        bench([f"bf16:{files[1]}"], device="cpu", rounds=1)
 
 
 def test_a_precision_that_nothing_would_have_is_refused(files):
