@@ -221,9 +221,9 @@ def open_contender(
 
     The prefix `plain:` takes the released formulation of LSAG, `compiled:` compiles with torch. `,KEY=VALUE` after a
     preset are settings of it, after a name of timm's arguments. Presets and timm's models have random weights.
-    A graph gets images that are already on the device, as models do; `host:` includes copying them there and the
-    logits back, and `openvino:` runs it in OpenVINO instead of onnxruntime, in `precision`. In front of all that `bf16:`
-    and the like take the place of `precision`. UsageError or InputError for what is none of these.
+    A graph gets images that are already on the device, as models do; `host:` includes copying them there and
+    the logits back, and `openvino:` runs it in OpenVINO instead of onnxruntime, in `precision`. In front of all that
+    `bf16:` and the like take the place of `precision`. UsageError or InputError for what is none of these.
     """
     kind, _, rest = spec.partition(":")
     if kind in DTYPES:

@@ -53,7 +53,7 @@ def bench(
         typer.Argument(
             help="Presets, checkpoints, .onnx files (host:FILE includes copies to and from the device, openvino:FILE "
             "is run by OpenVINO), timm:NAME, plain:PRESET (the released formulation), compiled:PRESET; presets and "
-            "timm models accept settings, as NAME,KEY=VALUE. bf16:, fp32: and the like in front set a precision. Ratios "
+            "timm models accept settings, as NAME,KEY=VALUE. bf16:, fp32: and the like set a precision. Ratios "
             "are relative to the first.",
             show_default=" ".join(DEFAULT),
         ),
