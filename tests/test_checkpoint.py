@@ -109,7 +109,7 @@ def test_what_torch_would_not_read_is_no_weight(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "share", [0.03, pytest.param(0.25, marks=pytest.mark.faults), pytest.param(1, marks=pytest.mark.full_size)]
+    "share", [0.03, pytest.param(0.1, marks=pytest.mark.faults), pytest.param(1, marks=pytest.mark.full_size)]
 )
 def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, share):
     def sample(data):

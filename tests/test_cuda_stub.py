@@ -83,6 +83,8 @@ def test_every_node_is_placed(on_stubs, tmp_path, name, monkeypatch):
     monkeypatch.setattr("lsag.inference.export.CHECKED_BATCHES", (1,))
     checkpoint = random_checkpoint(narrow(name))
     kinds = [(opset, half) for opset in OPSETS for half in (False, True)]
+    if name == "digits-nano":  # one of each in .ci/run, the others with -m full_size
+        kinds = list(zip(OPSETS, (False, True), strict=True))
     files = [tmp_path / f"{opset}-{half}.onnx" for opset, half in kinds]
     for file, (opset, half) in zip(files, kinds, strict=True):
         done = export_onnx(checkpoint, file, opset=opset, half=half)

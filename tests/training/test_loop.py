@@ -66,6 +66,15 @@ def test_a_run_leaves_what_it_promises(tmp_path, two_epochs):
     assert again.metrics.top1 == rows[1]["top1"] and again.metrics.loss == pytest.approx(rows[1]["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, tmp_path, tiny_preset, native, precision):
+    monkeypatch.setattr("lsag.device.multiplies_bf16", lambda: native)
+    started = run(tiny_preset, tmp_path / "run", precision="auto")[0]
+    (note,) = started.notes
+    assert note.startswith(f"precision {precision}: this processor {'' if native else 'does not '}multipl")
+    assert load_checkpoint(newest(tmp_path / "run")).training["numerics"]["precision"] == precision
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_model_is_evaluated_in_the_precision_of_the_run(tmp_path, tiny_preset, precision):
     run(tiny_preset, tmp_path / "run", precision=precision)
