@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from lsag.checkpoint import load_checkpoint, random_checkpoint
-from lsag.config import Precision, Preset, Recompute, parse_spec
+from lsag.config import Precision, Preset, Recompute, TimmConfig, parse_spec
 from lsag.device import DTYPES, autocast, choose_device, choose_precision, peak_memory, tf32
 from lsag.errors import UsageError
 from lsag.inference.session import Session
@@ -368,7 +368,8 @@ def probe(
     if compile:
         model.compile()
     shape = image_shape(preset.model)
-    contender = Contender(preset.name, choose_precision(used, precision), shape, 0, 0, model, model)
+    chosen = choose_precision(used, precision, timm=isinstance(preset.model, TimmConfig))
+    contender = Contender(preset.name, chosen, shape, 0, 0, model, model)
     run = make_run(contender, "training", slice_size, used)
     seconds(run, 1, used)  # the first warms up
     return min(seconds(run, 1, used) for _ in range(steps)), peak_memory(used)

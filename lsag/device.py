@@ -59,14 +59,16 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
-def choose_precision(device: torch.device, precision: Precision = "auto") -> Precision:
+def choose_precision(device: torch.device, precision: Precision = "auto", *, timm: bool = False) -> Precision:
     """`auto` is bf16 on GPUs and processors that multiply it natively, fp16 on other CUDA GPUs, and elsewhere fp32.
 
-    UsageError for one that is unknown, or that the device does not have.
+    It is fp32 on a CPU for a network of timm's that is trained (`timm`): with AMX, oneDNN's gradient of a 3 x 3
+    convolution with stride 2 in bf16 is undefined on maps of one pixel (torch 2.11 and 2.15). UsageError for a
+    precision that is unknown, or that the device does not have.
     """
     if precision == "auto":
         if device.type != "cuda":
-            return "bf16" if device.type == "cpu" and multiplies_bf16() else "fp32"
+            return "bf16" if device.type == "cpu" and not timm and multiplies_bf16() else "fp32"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision not in DTYPES:
         raise UsageError(f"unknown precision '{precision}'", f"use one of: auto, {', '.join(DTYPES)}")

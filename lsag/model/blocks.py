@@ -96,7 +96,7 @@ class ShiftEmbedding(nn.Module):
         """
         (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
         weight, bias = matrices
-        # One batched product is faster than a grouped convolution (docs/benchmarks.md, Where the speed comes from).
+        # One batched product is faster than a grouped convolution (docs/benchmarks.md, Where the time goes).
         patches = shifted.unfold(3, kernel, stride).unfold(4, kernel, stride).permute(0, 1, 3, 4, 5, 6, 2)
         patches = patches.flatten(4).flatten(1, 3)
         if on_gpu(patches):

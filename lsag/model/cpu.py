@@ -1,7 +1,7 @@
 """Linear layers, MLP and attention on an x86 CPU, in fp32 and bf16, where torch's own way is not the fastest.
 
 torch leaves fp32 products to MKL, which does not use AVX-512 on AMD's processors, and its attention has a slow backward
-in bf16 (docs/benchmarks.md, Where the speed comes from). The oneDNN operator is the one that torch.compile calls.
+in bf16 (docs/benchmarks.md, Where the time goes). The oneDNN operator is the one that torch.compile calls.
 """
 
 import platform
@@ -19,6 +19,10 @@ _onednn = (
     if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
     else None
 )
+ONEDNN_DTYPES = {torch.float32}
+"""What oneDNN multiplies here; bf16 takes AVX-512 or AVX-NE-CONVERT."""
+if _onednn is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    ONEDNN_DTYPES.add(torch.bfloat16)
 
 
 def _mkl_is_slow() -> bool:
@@ -73,13 +77,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes the product of the two: in inference, in fp32 and bf16."""
+    """Whether oneDNN computes the product of the two: in inference."""
     return (
         _onednn is not None
         and not torch.is_grad_enabled()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype in ONEDNN_DTYPES
         and not torch.is_autocast_enabled("cpu")
         and not _traced()
         and x.dim() > 1

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lsag.checkpoint import Checkpoint, check_weights, load_checkpoint
-from lsag.config import Preset
+from lsag.config import Preset, TimmConfig
 from lsag.data.loading import random_key
 from lsag.data.sources import placeholder_classes
 from lsag.device import DTYPES, autocast, choose_precision
@@ -45,10 +45,12 @@ def begin(preset: Preset, data: Data, run: NoRun, world: World, options: TrainOp
     if frozen := freeze(model, preset.train.freeze):
         notes.append(f"train.freeze = {preset.train.freeze} keeps {frozen:,} parameters as they are")
     optimizer = make_optimizer(model, preset.train)
-    precision = choose_precision(world.device, options.precision)
+    timm = isinstance(preset.model, TimmConfig)
+    precision = choose_precision(world.device, options.precision, timm=timm)
     if options.precision == "auto" and world.device.type == "cpu":
         native = "multiplies" if precision == "bf16" else "does not multiply"
-        notes.append(f"precision {precision}: this processor {native} bf16 natively")
+        reason = "bf16 on a CPU is for LSAG" if timm else f"this processor {native} bf16 natively"
+        notes.append(f"precision {precision}: {reason}")
     state = State(
         model=model,
         optimizer=optimizer,

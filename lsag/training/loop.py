@@ -94,7 +94,7 @@ def fit(
             run.log(result.row)
             if position.skipped_in_a_row >= MAX_SKIPPED:
                 where = f"in {MAX_SKIPPED} steps in a row, up to step {state.step_in_epoch} of epoch {epoch + 1}"
-                raise diverged(options.out, where)
+                raise diverged(options.out, where, state.precision)
             if result.stop:
                 raise StopRequestedError(result.stop)
             if result.save:
@@ -107,7 +107,7 @@ def fit(
                 yield report
         metrics = evaluate_epoch(state, data, world, signals)
         if not math.isfinite(metrics.loss):
-            raise diverged(options.out, f"in the evaluation after epoch {epoch + 1}")
+            raise diverged(options.out, f"in the evaluation after epoch {epoch + 1}", state.precision)
         position.seconds = meter.seconds
         summary = state.finish_epoch(metrics, meter.epoch(run.save_seconds))
         failpoint("epoch_end")
@@ -151,11 +151,12 @@ def evaluate_epoch(state: State, data: Data, world: World, signals: Signals) -> 
     )
 
 
-def diverged(out: Path, where: str) -> CheckError:
+def diverged(out: Path, where: str, precision: str) -> CheckError:
     """The error for losses that are not finite; it names the last checkpoint from before them."""
     good = next(iter(step_files(out)), None)
     kept = f"; {good} is the last good checkpoint" if good else ""
-    return CheckError(f"training diverged: loss or gradient not finite {where}{kept}", "lower --set train.lr")
+    fix = "lower --set train.lr" + ("" if precision == "fp32" else ", or use --precision fp32")
+    return CheckError(f"training diverged: loss or gradient not finite {where}{kept}", fix)
 
 
 def started(state: State, data: Data, world: World, options: TrainOptions, notes: list[str]) -> Started:

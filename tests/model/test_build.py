@@ -303,7 +303,20 @@ def test_the_page_has_commands():
     assert len(COMMANDS) > 15
 
 
-@pytest.mark.parametrize("command", [COMMANDS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in COMMANDS[1:])])
+LARGER = re.compile("_base_|_small_|b4|regnety_080|resnet101")
+"""Names of networks that differ from others of the page in size only."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        COMMANDS[0],
+        *(
+            pytest.param(one, marks=pytest.mark.full_size if LARGER.search(one) else pytest.mark.slow)
+            for one in COMMANDS[1:]
+        ),
+    ],
+)
 def test_the_commands_of_the_page_take_these_networks(command):
     """In this process: each would take seconds to start."""
     result = CliRunner().invoke(app, ["train", *shlex.split(command), "--dry-run", "--device", "cpu"])

@@ -70,11 +70,18 @@ def test_only_inference_on_a_cpu_goes_through_onednn(calls):
         assert layer.to("meta")(x.to("meta")).device.type == "meta"
         as_released(LSAG(small_config())).forward(torch.randn(1, 3, 12, 12))
         assert not calls
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in lsag.model.cpu.ONEDNN_DTYPES:
             expected = nn.functional.linear(x, weight := torch.randn(4, 4))
             found = linear(x.to(dtype), weight.to(dtype))
             assert calls.pop() and found.dtype is dtype
             torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_bf16_works_where_onednn_has_none(monkeypatch, calls):
+    monkeypatch.setattr(lsag.model.cpu, "ONEDNN_DTYPES", {torch.float32})
+    layer, x = Linear(4, 4).bfloat16(), torch.randn(2, 4, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias)) and not calls
 
 
 @needs_onednn

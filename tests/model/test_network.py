@@ -287,7 +287,7 @@ def test_every_preset_builds_and_runs(name):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_images_and_variants_have_the_fast_layout_in_memory(config):
-    """Another layout gives the same numbers more slowly (docs/benchmarks.md, Where the speed comes from)."""
+    """Another layout gives the same numbers more slowly (docs/benchmarks.md, Where the time goes)."""
     embed = LSAG(config).embed
     batch = images(2, config)
     assert embed.shift(batch).flatten(0, 1).is_contiguous(memory_format=torch.channels_last)

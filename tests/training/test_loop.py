@@ -75,6 +75,17 @@ def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch, tmp_path, t
     assert load_checkpoint(newest(tmp_path / "run")).training["numerics"]["precision"] == precision
 
 
+def test_timm_s_networks_are_trained_in_fp32_on_a_cpu(monkeypatch, tmp_path, tiny_preset):
+    monkeypatch.setattr("lsag.device.multiplies_bf16", lambda: True)
+    preset = load_preset(
+        "digits-nano",
+        {"train.epochs": 1, "train.warmup_epochs": 0, "model.drop_path": 0.0},
+        timm="test_vit,patch_size=2",
+    )
+    started = run(preset, tmp_path / "run", precision="auto")[0]
+    assert started.notes == ("precision fp32: bf16 on a CPU is for LSAG",)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_model_is_evaluated_in_the_precision_of_the_run(tmp_path, tiny_preset, precision):
     run(tiny_preset, tmp_path / "run", precision=precision)
