@@ -105,6 +105,11 @@ class Contender:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.precision]
 
+    @property
+    def prefixes(self) -> list[str]:
+        """What stands before colons in its name, such as "plain"."""
+        return self.name.split(":")[:-1]
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -186,14 +191,14 @@ def bench(
 
 def _set_up(contenders: Sequence[Contender], *, precision: str, compile: bool, recompute: Recompute) -> None:
     """Compile all models, and let lsag's own recompute."""
-    if precision != "auto" and not any(each.model or "openvino:" in each.name for each in contenders):
+    if precision != "auto" and not any(each.model or "openvino" in each.prefixes for each in contenders):
         raise UsageError("a graph has the precision it was exported with", "remove --precision")
     if compile and all(contender.model is None for contender in contenders):
         raise UsageError("there is nothing to compile: .onnx graphs run in other runtimes", "remove --compile")
     for contender in contenders:
         if compile and contender.model is not None:
             contender.model.compile()
-        if isinstance(contender.model, LSAG) and "plain:" not in contender.name:
+        if isinstance(contender.model, LSAG) and "plain" not in contender.prefixes:
             set_recompute(contender.model, recompute)
 
 
@@ -288,7 +293,7 @@ def make_run(contender: Contender, mode: Mode, batch_size: int, device: torch.de
     generator = torch.Generator().manual_seed(0)
     if contender.model is None:
         pixels = torch.randint(0, 256, (batch_size, *contender.shape), dtype=torch.uint8, generator=generator)
-        if isinstance(contender.classify, Session) and "host:" not in contender.name:
+        if isinstance(contender.classify, Session) and "host" not in contender.prefixes:
             return contender.classify.bind(pixels)
         return lambda: contender.classify(pixels)
     model, images = contender.model, torch.randn(batch_size, *contender.shape, generator=generator).to(device)

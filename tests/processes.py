@@ -119,6 +119,9 @@ def _run(argv: list[str]) -> None:
 
 _spawned: Any = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 _GIVEN = list(inspect.signature(_spawned).parameters)
+PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+RANK = "lsag rank "
+"""Begins the name of a process that is a rank."""
 
 
 def _forked(popen: Any, command: list[str], *others: Any) -> None:
@@ -149,11 +152,6 @@ def _forked(popen: Any, command: list[str], *others: Any) -> None:
         _run(command[len(start) :])
     popen._child_created = True
     popen._close_pipe_fds(*(given[name] for name in _GIVEN if name in PIPES))
-
-
-RANK = "lsag rank "
-"""Begins the name of a process that is a rank."""
-PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 
 
 class Server:

@@ -21,7 +21,7 @@ _onednn = (
 )
 ONEDNN_DTYPES = {torch.float32}
 """What oneDNN multiplies here; bf16 takes AVX-512 or AVX-NE-CONVERT."""
-if _onednn is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+if _onednn is not None and getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)():
     ONEDNN_DTYPES.add(torch.bfloat16)
 
 

@@ -632,15 +632,21 @@ def test_anything_else_is_a_bug(error):
     assert not lack(error)[0]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such limits")
-def test_a_machine_without_memory_or_a_folder_is_told_so():
-    start = f"{sys.executable} -m lsag_cli"
-    for shell, words in (
-        (f"ulimit -v 3400000; {start} train --device cpu --out /proc/none", "memory to 3.2 GiB (ulimit -v)"),
-        (f"cd $(mktemp -d) && rmdir $PWD && PYTHONPATH={ROOT} {start} flops", "the current folder has been deleted"),
-    ):
-        done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
-        assert_refused(done, 4, words)
+@pytest.mark.parametrize(
+    ("shell", "words"),
+    [
+        pytest.param(
+            "ulimit -v 3400000; $LSAG train --device cpu --out nowhere",
+            "memory to 3.2 GiB (ulimit -v)",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit addresses"),
+        ),
+        ("cd $(mktemp -d) && rmdir $PWD && $LSAG flops", "the current folder has been deleted"),
+    ],
+)
+def test_a_shell_without_memory_or_a_folder_is_told_so(tmp_path, shell, words):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LSAG": f"{sys.executable} -m lsag_cli"}
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert_refused(done, 4, words)
 
 
 @pytest.mark.slow
