@@ -14,7 +14,8 @@ from pathlib import Path
 from lsag import load_preset
 from lsag.bench import image_shape, make_run, open_contender, seconds
 from lsag.data.loading import EpochBatches, batches, train_loader
-from lsag.data.sources import FolderSource, open_split
+from lsag.data.sources import EncodedSource
+from lsag.data.splits import open_split
 from lsag.device import choose_device
 from lsag.machine import available_cores
 
@@ -32,7 +33,7 @@ def main() -> None:
         batch_size = BATCH_SIZE.get(name, 8)
         preset = load_preset(name, {"train.batch_size": batch_size}, dataset="folder")
         source = open_split("folder", Path(folder), train=True, mode=preset.image_mode)
-        if isinstance(source, FolderSource):
+        if isinstance(source, EncodedSource):
             source = source.packed()
         order = EpochBatches(len(source), preset)
         order.num_steps = min(order.num_steps, IMAGES // batch_size)
@@ -46,7 +47,7 @@ def main() -> None:
             assert images.shape[1:] == image_shape(preset.model)
             steps.append(batch_size / min(seconds(step, 1, device) for _ in range(3)))
         loaded, needed = statistics.median(loads), statistics.median(steps)
-        where = "in memory" if not isinstance(source, FolderSource) else "from files"
+        where = "in memory" if not isinstance(source, EncodedSource) else "from files"
         print(
             f"{name}: {workers} workers prepare {loaded:,.0f} images/s ({where}), a step consumes {needed:,.0f}: "
             f"{loaded / needed:.1f} times as many"

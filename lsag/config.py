@@ -7,10 +7,12 @@ import ast
 import contextlib
 import difflib
 import math
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar, get_args
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -27,7 +29,6 @@ from pydantic import (
 
 from lsag.errors import UsageError
 
-DatasetName = Literal["digits", "cifar10", "cifar100", "imagenet", "folder"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Recompute = Literal["none", "local", "all"]
 # Strict scalars: neither "10" nor true is a number, while a list may stand for a tuple.
@@ -70,6 +71,47 @@ DATASETS: dict[str, DatasetInfo] = {
     "cifar100": DatasetInfo(100, 50_000, 10_000, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "imagenet": DatasetInfo(1000, 1_281_167, 50_000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+
+
+FORMATS: dict[str, tuple[str, ...]] = {
+    "folder": (),
+    "tar": ("val", "image", "label", "classes"),
+    "list": ("val", "image", "label", "split"),
+    "hf": ("train", "val", "image", "label"),
+}
+"""Where images of any classes may be, and the settings that may follow: docs/data.md."""
+
+
+class DatasetSpec(NamedTuple):
+    """The name of a dataset in its parts: FORMAT:WHAT,KEY=VALUE,... or one word."""
+
+    format: str
+    what: str
+    settings: dict[str, str]
+
+
+def parse_dataset(name: str) -> DatasetSpec:
+    """The parts of the name of a dataset. UsageError if there is no such dataset, format or setting."""
+    kind, colon, rest = name.partition(":")
+    what, *pairs = re.split(r",(?=[a-z]+=)", rest)
+    settings = dict(pair.split("=", 1) for pair in pairs)
+    if not colon and kind in (*DATASETS, "folder"):
+        return DatasetSpec(kind, "", {})
+    if not colon or kind == "folder" or kind not in FORMATS:
+        names = (*DATASETS, "folder")
+        usable = (*names, *(f"{form}:..." for form in FORMATS if form != "folder"))
+        raise UsageError(f"unknown dataset '{name}'{did_you_mean(kind, names)}", f"use one of: {', '.join(usable)}")
+    if unknown := [key for key in settings if key not in FORMATS[kind]]:
+        raise UsageError(
+            f"{kind}: has no setting {unknown[0]}{did_you_mean(unknown[0], FORMATS[kind])}",
+            f"its settings are {', '.join(FORMATS[kind])}",
+        )
+    return DatasetSpec(kind, what, settings)
+
+
+def default_data_dir(dataset: str) -> Path:
+    """Where a dataset is by default: in $LSAG_DATA, or else ./data, or the current folder if its name has a path."""
+    return Path(os.environ.get("LSAG_DATA") or ("." if ":" in dataset else "data"))
 
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -199,7 +241,8 @@ def _tag(model: Any) -> str:
 class DataConfig(Frozen):
     """The dataset, and how an image becomes the input of the model."""
 
-    dataset: DatasetName
+    dataset: Annotated[str, Field(max_length=10_000)]
+    """digits, cifar10, cifar100, imagenet, folder, or FORMAT:WHAT,KEY=VALUE,... as in docs/data.md."""
     mean: tuple[Real, ...]
     std: tuple[PositiveReal, ...]
     train_crop: Literal["padded", "resized"]
@@ -209,13 +252,17 @@ class DataConfig(Frozen):
     """Shorter side in pixels before the centre crop of evaluation; None: the image size."""
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     val_split: BelowOne = 0.0
-    """Share of each class to hold out for evaluation, in a folder of class folders without train/ and val/. train.seed
-    chooses the images."""
+    """Share of each class to hold out of the training images for evaluation, where no images are kept apart for it.
+    train.seed chooses the images."""
 
     @model_validator(mode="after")
-    def _splits_a_folder(self) -> Self:
-        if self.val_split and self.dataset != "folder":
-            raise ValueError(f"val_split is for folders of images, not {self.dataset}; add --dataset folder")
+    def _has_a_dataset(self) -> Self:
+        try:
+            parse_dataset(self.dataset)
+        except UsageError as error:
+            raise ValueError(f"{error.what}; {error.fix}") from None
+        if self.val_split and self.dataset in DATASETS:
+            raise ValueError(f"{self.dataset} has a split for evaluation; val_split is for images of your own")
         return self
 
 
@@ -488,13 +535,6 @@ def _fields_at(loc: tuple[Any, ...]) -> list[str]:
         return list(TimmConfig.model_fields)
     section = _SECTIONS["model.stages.0" if "stages" in names else names[0]] if names else Preset
     return list(section.model_fields)
-
-
-def check_dataset(name: str) -> None:
-    """UsageError for the name of a dataset that does not exist."""
-    known = get_args(DatasetName)
-    if name not in known:
-        raise UsageError(f"unknown dataset '{name}'{did_you_mean(name, known)}", f"use one of: {', '.join(known)}")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -41,6 +41,10 @@ class DamagedError(InputError):
     """A file whose content is not what was written."""
 
 
+class UnreachableError(InputError):
+    """Data behind a connection that stays dead; the data itself may be whole."""
+
+
 class UnavailableError(LsagError, RuntimeError):
     """A device, execution provider, package or network that this machine does not have."""
 

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
+from lsag.config import default_data_dir
 from lsag.errors import UnavailableError
 from lsag.inference.doctor import Purpose
 from lsag.runs import RUNS
-from lsag_cli.options import DataDir, Json, data_dir_or_default, loading
+from lsag_cli.options import DataDir, Json, loading
 from lsag_cli.output import erase_status, print_json, say, show_status
 
 
@@ -25,7 +26,7 @@ def doctor(
         from lsag.inference.doctor import examine
 
         findings = []
-        for finding in examine(data_dir_or_default(data_dir), RUNS):
+        for finding in examine(data_dir or default_data_dir("folder"), RUNS):
             findings.append(finding)
             if not as_json:
                 concerns = (purpose or "train") in finding.prevents

@@ -4,11 +4,11 @@ import csv
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lsag.config import check_dataset
+from lsag.config import parse_dataset
 from lsag.errors import OutputError, UsageError
 from lsag.files import replacing
 from lsag_cli.options import (
@@ -21,9 +21,9 @@ from lsag_cli.options import (
     NoDownload,
     Profile,
     Provider,
+    Split,
     Workers,
     check_options,
-    data_dir_or_default,
     loading,
     nodes_line,
     note_fallback,
@@ -42,10 +42,7 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or an exported .onnx graph.", show_default=False)],
     dataset: Dataset = None,
     data_dir: DataDir = None,
-    split: Annotated[
-        Literal["val", "test"] | None,
-        typer.Option(help="For folder and imagenet: the split to evaluate.", show_default="val, else test"),
-    ] = None,
+    split: Split = None,
     device: Device = "auto",
     provider: Provider = None,
     precision: ModelPrecision = None,
@@ -69,7 +66,7 @@ def evaluate(
             refuse_existing(path, force, source=checkpoint, option=option)
     check_options(checkpoint, device=device, provider=provider, precision=precision, profile=profile)
     if dataset is not None:
-        check_dataset(dataset)
+        parse_dataset(dataset)
     with loading():
         from rich.progress import MofNCompleteColumn, Progress
 
@@ -81,7 +78,7 @@ def evaluate(
         result = evaluate_file(
             checkpoint,
             dataset=dataset,
-            data_dir=data_dir_or_default(data_dir),
+            data_dir=data_dir,
             split=split,
             device=device,
             provider=provider,

@@ -7,13 +7,30 @@ import typer
 
 from lsag.errors import InputError, UsageError
 from lsag.files import read_bytes
-from lsag_cli.options import Force, Json, ModelPrecision, check_options, loading, refuse_existing
+from lsag_cli.options import (
+    DataDir,
+    Force,
+    Json,
+    ModelPrecision,
+    Split,
+    check_options,
+    check_source,
+    loading,
+    refuse_existing,
+)
 from lsag_cli.output import percent, print_json, say, status
 
 
 def explain(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint.", show_default=False)],
-    image: Annotated[Path, typer.Argument(help="An image file.", show_default=False)],
+    image: Annotated[Path | None, typer.Argument(help="An image file.", show_default=False)] = None,
+    dataset: Annotated[str | None, typer.Option(help="In place of a file: a dataset, as for lsag eval.")] = None,
+    index: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --dataset: the number of the image in its split.", show_default="0, the first"),
+    ] = None,
+    data_dir: DataDir = None,
+    split: Split = None,
     at: Annotated[
         str | None,
         typer.Option(
@@ -33,7 +50,10 @@ def explain(
         raise InputError(
             f"{checkpoint} is a graph, which shows no attention", "use the checkpoint it was exported from"
         )
-    out = out or Path(f"{image.stem}-explained.png")
+    check_source(image, dataset, data_dir, split, index)
+    index = index or 0
+    name = image.stem if image else f"{(dataset or '').partition(':')[0]}-{index}"
+    out = out or Path(f"{name}-explained.png")
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out} does not end in .png", "choose a .png file")
     point = None
@@ -44,10 +64,12 @@ def explain(
         point = int(numbers[0]), int(numbers[1])
     refuse_existing(out, force, source=image)
     check_options(checkpoint, device="auto", provider=None, precision=precision, profile=False)
-    read_bytes(image, what="image", size=0)
+    if image:
+        read_bytes(image, what="image", size=0)
     with loading():
         from lsag.checkpoint import load_checkpoint
         from lsag.data.images import open_image
+        from lsag.data.splits import open_for
         from lsag.inference.classifier import Classifier
         from lsag.inference.explain import explain as run
         from lsag.plots import draw_explanation
@@ -55,8 +77,15 @@ def explain(
     with status("opening the model"):
         classifier = Classifier(load_checkpoint(checkpoint), precision=precision or "fp32")
     with status("explaining the image"):
-        found = run(classifier, open_image(image, classifier.preset.image_mode), point=point)
-        draw_explanation(found, out, title=f"{classifier.preset.name}: {image.name}")
+        if image:
+            shown, pixels = image.name, open_image(image, classifier.preset.image_mode)
+        else:
+            source = open_for(classifier.preset, dataset, data_dir, split=split)
+            if index >= len(source):
+                raise UsageError(f"--index {index} is beyond the {len(source):,} images", "the first is --index 0")
+            shown, pixels = source.name(index), source.load(index)[0]
+        found = run(classifier, pixels, point=point)
+        draw_explanation(found, out, title=f"{classifier.preset.name}: {shown}")
     if as_json:
         shares = [
             [*shift, share] for shift, share in zip(found.shifts, found.local.mean(dim=(0, 2, 3)).tolist(), strict=True)

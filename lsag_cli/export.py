@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lsag.config import Preset
+from lsag.config import DATASETS, Preset
 from lsag.errors import InputError, UsageError
 from lsag.files import read_bytes
 from lsag.inference.providers import OPSETS, Opset
@@ -167,5 +167,5 @@ def convert(
 
 def eval_command(path: Path, preset: Preset) -> str:
     """A line with the command that evaluates `path`."""
-    data = " --data-dir DIR" if preset.data.dataset in ("folder", "imagenet") else ""
+    data = " --data-dir DIR" if preset.data.dataset == "imagenet" or preset.data.dataset not in DATASETS else ""
     return f"next: lsag eval {shlex.quote(str(path))}{data}"

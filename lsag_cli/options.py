@@ -1,7 +1,6 @@
 """Options shared by several commands."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from lsag import config
-from lsag.config import Preset, parse_overrides
+from lsag.config import Preset, parse_dataset, parse_overrides
 from lsag.errors import OutputError, UsageError
 from lsag.inference import providers
 from lsag.inference.providers import check_model
@@ -47,11 +46,18 @@ Model = Annotated[
 Dataset = Annotated[
     str | None,
     typer.Option(
-        help="digits, cifar10, cifar100, imagenet or folder (images in folders of classes; README, Folders of images).",
+        help="digits, cifar10, cifar100, imagenet, folder (images in folders of classes), tar:PATTERN, list:TABLE or "
+        "hf:NAME (docs/data.md).",
         show_default="the preset's",
     ),
 ]
-DataDir = Annotated[Path | None, typer.Option(help="Data folder.", show_default="$LSAG_DATA, or ./data")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="Data folder.", show_default="$LSAG_DATA, or ./data; for tar:, list: and hf: the current folder"),
+]
+Split = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Take this split of the dataset.", show_default="that for evaluation")
+]
 Device = Annotated[str, typer.Option(help="auto, cuda, cuda:N, mps or cpu.")]
 Provider = Annotated[
     providers.Provider | None,
@@ -111,11 +117,6 @@ def renamed(value: T | None, old: str, new: str, default: T) -> T:
     return value
 
 
-def data_dir_or_default(data_dir: Path | None) -> Path:
-    """The option, else $LSAG_DATA, else ./data."""
-    return data_dir or Path(os.environ.get("LSAG_DATA") or "data")
-
-
 def read_preset(
     name: str | Preset,
     overrides: list[str] | None,
@@ -155,6 +156,16 @@ def check_options(
     if profile and model.suffix != ".onnx":
         raise UsageError("--profile is for .onnx graphs", "lsag export CKPT --onnx")
     check_model(model, device=device, provider=provider, precision=precision)
+
+
+def check_source(images: object, dataset: str | None, data_dir: Path | None, *rest: object) -> None:
+    """UsageError unless either `images` or a dataset is given, and `data_dir` and the `rest` only with a dataset."""
+    if bool(images) == bool(dataset):
+        raise UsageError("give either images or --dataset", "remove one, or add the name of an image file")
+    if not dataset and (data_dir is not None or any(option is not None for option in rest)):
+        raise UsageError("--data-dir, --split and --index are for --dataset", "add --dataset, or remove them")
+    if dataset:
+        parse_dataset(dataset)
 
 
 def note_fallback(model: "Classifier | Session") -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lsag.config import DATASETS, Preset, TimmConfig, flatten
-from lsag.errors import InputError, UsageError
+from lsag.errors import InputError, UnavailableError, UsageError
 from lsag_cli.display import counted, duration
 from lsag_cli.flops import count_network
 from lsag_cli.options import loading
@@ -13,15 +13,15 @@ from lsag_cli.output import note, operations, print_json, say
 from lsag_cli.processes import TrainCommand
 
 
-def count_images(preset: Preset, data_dir: Path) -> tuple[int, int, int]:
-    """The numbers of classes, training images and evaluation images; those of a folder are counted.
+def count_images(preset: Preset, data_dir: Path, *, download: bool = False) -> tuple[int, int, int]:
+    """The numbers of classes, training images and evaluation images; those of images of one's own are counted.
 
-    InputError if there is no such folder.
+    The errors of open_split.
     """
     if known := DATASETS.get(preset.data.dataset):
         return known.num_classes, known.train_images, known.eval_images
     with loading():
-        from lsag.data.sources import open_split
+        from lsag.data.splits import open_split
 
     train, evaluation = (
         open_split(
@@ -29,6 +29,7 @@ def count_images(preset: Preset, data_dir: Path) -> tuple[int, int, int]:
             data_dir,
             train=train,
             mode=preset.image_mode,
+            download=download,
             val_split=preset.data.val_split,
             seed=preset.train.seed,
         )
@@ -49,9 +50,9 @@ def show_plan(preset: Preset, options: TrainCommand, *, processes: int, probe: b
     try:
         classes, train_images, eval_images = count_images(preset, options.data_dir)
         steps = train_images // recipe.batch_size
-        if preset.data.dataset == "folder":
+        if preset.data.dataset not in DATASETS:
             preset = preset.with_classes(classes)
-    except InputError as error:
+    except (InputError, UnavailableError) as error:
         note(f"images are not counted: {error.what}")
     if steps == 0:
         raise UsageError(
@@ -113,7 +114,7 @@ def show_figures(preset: Preset, plan: dict[str, Any]) -> None:
     """What the settings amount to, a line for each figure."""
     recipe, steps = preset.train, plan["steps_per_epoch"]
     devices, slices = counted(plan["processes"], "device"), counted(plan["accum"], "slice")
-    of_steps = "as many steps as the folder has batches" if steps is None else counted(steps, "step")
+    of_steps = "as many steps as the images make batches" if steps is None else counted(steps, "step")
     say("")
     say(f"parameters       {plan['parameters']:,}")
     say(f"MACs per image   {operations(plan['macs'])}, {operations(plan['macs_run'])} executed")

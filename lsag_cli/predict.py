@@ -17,13 +17,16 @@ from lsag.files import replacing
 from lsag_cli.display import counted
 from lsag_cli.options import (
     BatchSize,
+    DataDir,
     Device,
     Force,
     Json,
     ModelPrecision,
     Profile,
     Provider,
+    Split,
     check_options,
+    check_source,
     loading,
     nodes_line,
     note_fallback,
@@ -38,7 +41,12 @@ if TYPE_CHECKING:
 
 def predict(
     model: Annotated[Path, typer.Argument(help="A checkpoint or an exported .onnx graph.", show_default=False)],
-    images: Annotated[list[str], typer.Argument(help="Image files, folders or glob patterns.", show_default=False)],
+    images: Annotated[
+        list[str] | None, typer.Argument(help="Image files, folders or glob patterns.", show_default=False)
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="In place of files: a dataset, as for lsag eval.")] = None,
+    data_dir: DataDir = None,
+    split: Split = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 5,
     device: Device = "auto",
     provider: Provider = None,
@@ -54,23 +62,28 @@ def predict(
         raise UsageError(f"--csv {csv_file} does not end in .csv", "choose a .csv file")
     if csv_file:
         refuse_existing(csv_file, force, source=model, option="--csv")
+    check_source(images, dataset, data_dir, split)
     check_options(model, device=device, provider=provider, precision=precision, profile=profile)
     with loading():
         unused: Counter[str] = Counter()
-        paths = list(find_images(images, unused))
+        paths = list(find_images(images or (), unused))
         from rich.progress import MofNCompleteColumn, Progress
 
+        from lsag.data.splits import open_for
         from lsag.inference.classifier import open_model
         from lsag.inference.predict import predict as run
 
     with status("opening the model"):
         classifier = open_model(model, device=device, provider=provider, precision=precision)
     note_fallback(classifier)
+    source = open_for(classifier.preset, dataset, data_dir, split=split) if dataset else paths
+    for line in getattr(source, "notes", ()):
+        note(line)
     found: list[Prediction] = []
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=stderr(), transient=True, disable=not is_terminal(sys.stderr)) as bar:
         for prediction in bar.track(
-            run(classifier, paths, top_k=top_k, batch_size=batch_size), total=len(paths), description="images"
+            run(classifier, source, top_k=top_k, batch_size=batch_size), total=len(source), description="images"
         ):
             found.append(prediction)
     broken = sum(bool(prediction.error) for prediction in found)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lsag.config import parse_overrides
+from lsag.config import default_data_dir, parse_overrides
 from lsag.errors import CheckError, InterruptedByUserError, OutputError, TerminatedError, UsageError
 from lsag.files import replacing, writing
 from lsag.machine import available_cores
@@ -29,7 +29,6 @@ from lsag_cli.options import (
     Precision,
     Recompute,
     Workers,
-    data_dir_or_default,
     loading,
 )
 from lsag_cli.output import note, percent, print_json, say
@@ -87,9 +86,10 @@ def reproduce(
     if not any(run.row in selected for run in runs):
         raise UsageError(f"table {table} has no such rows at the scale {scale}", "use --scale full, or other --rows")
     todo = [run for run in runs if trained and run.row in selected and run.top1 is None]
-    where = data_dir_or_default(data_dir)
+    dataset = runs[0].preset.data.dataset
+    where = data_dir or default_data_dir(dataset)
     if trained:
-        check_data(out, dataset or runs[0].preset.data.dataset, where, write=not dry_run)
+        check_data(out, dataset, where, write=not dry_run)
     if todo and epochs and (warmup := runs[0].preset.train.warmup_epochs):
         note(f"warm-up: {warmup:g} of {epochs} epochs")
     gpus, cores = devices_here(device) if todo else ([], 1)

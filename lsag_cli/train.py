@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from lsag.config import Precision, Preset, parse_overrides
+from lsag.config import DATASETS, Precision, Preset, default_data_dir, parse_overrides
 from lsag.distributed.launch import MEETING_SECONDS
 from lsag.errors import InputError, InterruptedByUserError, UnavailableError, UsageError
 from lsag.files import writing
@@ -31,7 +31,6 @@ from lsag_cli.options import (
     Overrides,
     Recompute,
     Workers,
-    data_dir_or_default,
     loading,
     read_preset,
 )
@@ -58,7 +57,7 @@ def train(
         typer.Option(
             min=0,
             max=0.99,
-            help="With --dataset folder: share of each CLASS/ to hold out for evaluation (data.val_split).",
+            help="Share of each class to hold out for evaluation, of images that are not split (data.val_split).",
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs.")] = None,
@@ -195,11 +194,11 @@ def train(
     given = {name: value for name, value in context.params.items() if name in TrainCommand.model_fields}
     given |= {
         "out": out or RUNS / f"{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
-        "data_dir": data_dir_or_default(data_dir),
+        "data_dir": data_dir or default_data_dir(resolved.data.dataset),
         "allow_change": allow_change or (),
     }
-    if resolved.data.dataset == "folder" and "model.num_classes" in parse_overrides(changes):
-        raise UsageError("a folder of images has as many classes as folders", "remove --set model.num_classes")
+    if resolved.data.dataset not in DATASETS and "model.num_classes" in parse_overrides(changes):
+        raise UsageError("images of your own have their number of classes", "remove --set model.num_classes")
     options = TrainCommand(**given)
     if resume:
         options = options.with_kept(given_on_the_command_line(context))
@@ -328,7 +327,8 @@ def follow(preset: Preset, options: TrainCommand, *, notes: list[str], main: boo
 def show_result(finished: "Finished", preset: Preset, *, data_dir: Path, as_json: bool) -> None:
     """What the training reached, where it is, and what to run next."""
     checkpoint = finished.out / BEST
-    where = [] if data_dir.absolute() == data_dir_or_default(None).absolute() else ["--data-dir", str(data_dir)]
+    own = data_dir.absolute() == default_data_dir(preset.data.dataset).absolute()
+    where = [] if own else ["--data-dir", str(data_dir)]
     next_steps = [
         shlex.join(["lsag", "eval", str(checkpoint), *where]),
         shlex.join(["lsag", "export", str(checkpoint), "--onnx"]),

@@ -1,7 +1,8 @@
-"""An image file, decoded."""
+"""An image, decoded from a file or from part of one."""
 
 import errno
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -9,26 +10,37 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from lsag.data.transforms import upright
-from lsag.errors import InputError, first_line
+from lsag.errors import InputError, UnreachableError, first_line
 
 MAX_PIXELS, MAX_JPEG_PIXELS = 50_000_000, 200_000_000
 """Of a decoded image, and of a JPEG file, which is decoded at half its size if it has more than MAX_PIXELS."""
 MAX_ASPECT = 200
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels (JPEG: {MAX_JPEG_PIXELS:,}), or over {MAX_ASPECT} times as long as wide"
 REPAIR = "repair or remove the file"
+TRAINING_FIX = f"{REPAIR}, or train with --skip-broken"
 
 
 def open_image(path: Path, mode: str, *, fix: str = REPAIR) -> Image.Image:
-    """Decode an image file upright into `mode` ("L" or "RGB"); 16-bit greys are scaled, not clipped.
+    """Decode an image file as `decode` does. InputError also for anything that is not a regular file."""
+    return decode(lambda: regular_file(path), mode, name=str(path), fix=fix)
 
-    InputError for anything that is not a regular file, not an image, damaged, or too large. JPEG files of more than
-    MAX_PIXELS are decoded at half their size.
+
+def regular_file(path: Path) -> BinaryIO:
+    """An open file. OSError for anything that is not a regular file: to open a pipe would wait for ever."""
+    if not path.is_file():
+        raise OSError("not a regular file" if path.exists() else "no such file")
+    return path.open("rb")
+
+
+def decode(opened: Callable[[], BinaryIO], mode: str, *, name: str, fix: str = REPAIR) -> Image.Image:
+    """Decode what `opened` opens upright into `mode` ("L" or "RGB"); 16-bit greys are scaled, not clipped.
+
+    InputError, which calls the image `name`, for one that cannot be opened or is damaged, too large or not an image.
+    JPEG files of more than MAX_PIXELS are decoded at half their size.
     """
     try:
-        if not path.is_file():
-            raise OSError("not a regular file" if path.exists() else "no such file")
-        # By its path Pillow would map the file, and mistake width and height of an uncompressed TIFF on its side.
-        with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
+        # By its path Pillow would map a file, and mistake width and height of an uncompressed TIFF on its side.
+        with warnings.catch_warnings(action="ignore"), opened() as file:
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # as for an image inside a small icon
             image = _opened(file)
             _check_size(image)
@@ -37,15 +49,17 @@ def open_image(path: Path, mode: str, *, fix: str = REPAIR) -> Image.Image:
             image.load()
             _check_size(image)  # again, for an image inside an icon
             return upright(image, mode=mode)
+    except UnreachableError:
+        raise
     except Exception as error:  # decoders raise anything on damaged files
         if getattr(error, "errno", None) == errno.EMFILE:
             raise  # the image is not to blame
-        reason = first_line(error)
+        reason = error.what if isinstance(error, InputError) else first_line(error)
         if isinstance(error, UnidentifiedImageError):
             reason = "not an image"
         if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
             reason = TOO_LARGE
-        raise InputError(f"cannot read image {path}: {reason}", fix) from error
+        raise InputError(f"cannot read image {name}: {reason}", fix) from error
 
 
 def _opened(file: BinaryIO) -> ImageFile.ImageFile:

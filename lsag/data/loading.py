@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from lsag.config import Preset
 from lsag.data.sources import Source
 from lsag.data.transforms import eval_transform, train_transform
-from lsag.errors import InputError, LsagError, UsageError, WorkerError, first_line
+from lsag.errors import InputError, LsagError, UnreachableError, UsageError, WorkerError, first_line
 from lsag.machine import available_cores
 
 WORKER_TIMEOUT = 120
@@ -71,8 +71,8 @@ class TrainSet(Dataset[Item]):
         for attempt in range(MAX_REPLACED):
             try:
                 return self.source.load(image)
-            except InputError:
-                if self.broken is None:
+            except InputError as error:
+                if self.broken is None or isinstance(error, UnreachableError):
                     raise
                 self.broken[image] = 1
                 image = random_key(self.seed, "replace", epoch, image, attempt) % len(self.source)

@@ -1,36 +1,41 @@
-"""Datasets: decoded images with their labels, from memory, from folders, from CIFAR's files."""
+"""What a dataset is to the rest: decoded images with their labels. The files beside this one say where they are."""
 
 import copy
 import hashlib
 import itertools
-import os
+import re
 import unicodedata
-from collections import Counter
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol, Self
 
 import numpy as np
 from PIL import Image
 
-from lsag.config import DATASETS, check_dataset
-from lsag.data.folders import because, image_files, is_folder, listed, walk
-from lsag.data.images import REPAIR, open_image
-from lsag.errors import InputError, UnavailableError, UsageError, first_line
+from lsag.data.images import REPAIR, decode
+from lsag.data.storage import seen_from
+from lsag.errors import InputError
 from lsag.machine import available_cores
 
+EVAL_SPLITS = ("val", "valid", "validation", "test")
+"""What the split for evaluation is called, the likeliest first."""
 PACK_BYTES = 2**29
 """Every rank holds a split in memory if its decoded images take no more than this, or twice this while packing."""
-EVAL_FOLDERS = {"imagenet": ("val",), "folder": ("val", "test")}
 
 
 class Source(Protocol):
-    """Decoded images with their labels; `classes[label]` is a label's name. `notes` are for a person to read."""
+    """Decoded images with their labels, int32 (N,); `classes[label]` is a label's name.
+
+    `shards`, int32 (N,), are the numbers of the files in which several images lie, None if each has its own. `notes`
+    are for a person to read.
+    """
 
     classes: list[str]
-    labels: list[int]
+    labels: np.ndarray
+    shards: np.ndarray | None
     notes: tuple[str, ...]
 
     def __len__(self) -> int: ...
@@ -45,87 +50,97 @@ class Source(Protocol):
         """The image, in mode L or RGB, and its label. InputError for an image that cannot be read."""
 
 
-class ArraySource:
-    """Images held in memory as one uint8 array (N, height, width) or (N, height, width, 3)."""
+class Names:
+    """Strings in one array: a list of a million takes several times the memory, which workers that read it copy."""
 
-    notes: tuple[str, ...] = ()
-
-    def __init__(self, images: np.ndarray, labels: Sequence[int], classes: Sequence[str], mode: str) -> None:
-        self.images, self.labels, self.classes = images, list(map(int, labels)), list(classes)
-        self.mode = mode
+    def __init__(self, names: Iterable[str]) -> None:
+        text, ends = bytearray(), array("q", [0])
+        for name in names:
+            text += name.encode("utf-8", "surrogateescape")
+            ends.append(len(text))
+        self.text, self.ends = np.frombuffer(text, np.uint8), np.frombuffer(ends, np.int64)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.ends) - 1
 
-    def name(self, index: int) -> str:
-        return str(index)
+    def __getitem__(self, index: int) -> str:
+        return self.text[self.ends[index] : self.ends[index + 1]].tobytes().decode("utf-8", "surrogateescape")
 
-    def fingerprint(self) -> str:
-        return _digest(self.images.shape, self.images.tobytes(), self.labels, self.classes)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]).convert(self.mode), self.labels[index]
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
 
 
-class FolderSource:
-    """Images in one folder per class, classes in alphabetical order.
+class EncodedSource(ABC):
+    """Images that are decoded when they are loaded. A row is an image's place in what was found.
 
-    InputError for a folder that cannot be read, no images, and with `complete` for a class without images.
+    `rows`, (N,), are those of the images that belong to this source; `labels` and `shards` are aligned with them.
     """
 
-    def __init__(self, root: Path, mode: str, *, complete: bool = True) -> None:
-        self.root, self.mode, self.fix = root, mode, REPAIR + (", or train with --skip-broken" if complete else "")
-        unused: Counter[str] = Counter()
-        _, self.classes, files = next(walk(root, unused))
-        unused["in no class folder"] = len(files)
-        self.paths: list[str] = []
-        self.labels: list[int] = []
-        for label, name in enumerate(self.classes):
-            unused_here: Counter[str] = Counter()
-            found = sorted(image_files(root / name, unused_here))
-            if not found and complete:
-                raise InputError(
-                    f"{root / name} has no images{because(unused_here)}", "add images, or remove the class everywhere"
-                )
-            self.paths += found
-            self.labels += [label] * len(found)
-            unused += unused_here
-        if not self.paths:
-            raise InputError(
-                f"{root} has no images in folders of classes{because(unused)}", "put images into a folder per class"
-            )
-        self.notes: tuple[str, ...] = (f"not used in {root}: {listed(unused)}",) if unused.total() else ()
+    def __init__(
+        self,
+        names: Names,
+        labels: np.ndarray,
+        classes: Sequence[str],
+        *,
+        where: str,
+        mode: str,
+        fix: str = REPAIR,
+        shards: np.ndarray | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.names, self.classes, self.where, self.mode, self.fix = names, list(classes), where, mode, fix
+        self.labels, self.shards, self.notes = labels.astype(np.int32), shards, notes
+        self.rows = np.arange(len(names), dtype=np.int32)
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    @abstractmethod
+    def open(self, row: int) -> BinaryIO:
+        """The encoded image. OSError or InputError if it cannot be read."""
+
+    @abstractmethod
+    def size(self, row: int) -> int:
+        """Bytes of the encoded image, 0 if that cannot be told."""
 
     def name(self, index: int) -> str:
-        return self.paths[index]
+        return seen_from(self.where, self.names[int(self.rows[index])])
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def fingerprint(self) -> str:
-        samples = zip(self.paths, self.labels, strict=True)
-        return _digest([(os.path.relpath(path, self.root), label) for path, label in samples])
+        samples = enumerate(zip(map(int, self.rows), self.labels, strict=True))
+        parts = (f"{', ' if index else '['}({self.names[row]!r}, {label})" for index, (row, label) in samples)
+        return digest(itertools.chain(parts, "]"))
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        return open_image(Path(self.paths[index]), self.mode, fix=self.fix), self.labels[index]
+        row = int(self.rows[index])
+        return decode(lambda: self.open(row), self.mode, name=self.name(index), fix=self.fix), int(self.labels[index])
 
-    def part(self, held_out: float, *, seed: int, train: bool) -> "FolderSource":
+    def part(self, held_out: float, *, seed: int, train: bool) -> Self:
         """This source with only the images to train on, or only the share of each class that is `held_out`.
 
         An image is held out by its name and the seed, so that few others change sides when images are added.
         InputError for a class of one image.
         """
         kept: list[int] = []
-        for label, group in itertools.groupby(range(len(self)), key=self.labels.__getitem__):
-            images = sorted(group, key=lambda index: _digest(seed, os.path.relpath(self.paths[index], self.root)))
+        by_class = np.split(np.argsort(self.labels, kind="stable"), np.bincount(self.labels).cumsum()[:-1])
+        for label, group in enumerate(by_class):
+            if not len(group):
+                continue
+            images = sorted(
+                group.tolist(), key=lambda index: digest([repr(seed), repr(self.names[int(self.rows[index])])])
+            )
             if len(images) < 2:
-                raise InputError(
-                    f"{self.root / self.classes[label]} has one image, which cannot be split", "add images"
-                )
+                what = f"the class {self.classes[label]} of {self.where} has one image, which cannot be split"
+                raise InputError(what, "add images")
             count = min(max(1, round(held_out * len(images))), len(images) - 1)
-            kept += sorted(images[count:] if train else images[:count])
+            kept += images[count:] if train else images[:count]
+        return self.subset(np.sort(kept))
+
+    def subset(self, chosen: np.ndarray) -> Self:
+        """This source with only the images of these indices."""
         part = copy.copy(self)
-        part.paths, part.labels = [self.paths[index] for index in kept], [self.labels[index] for index in kept]
+        part.rows, part.labels = self.rows[chosen], self.labels[chosen]
+        part.shards = None if self.shards is None else self.shards[chosen]
         return part
 
     def packed(self) -> Source:
@@ -134,9 +149,9 @@ class FolderSource:
         InputError for an image that cannot be read.
         """
         room = PACK_BYTES // 4
-        for path in self.paths:
-            with suppress(OSError):  # an unreadable image is reported when it is loaded
-                room -= Path(path).stat().st_size
+        for row in map(int, self.rows):
+            with suppress(OSError, InputError):  # an unreadable image is reported when it is loaded
+                room -= self.size(row)
             if room < 0:
                 return self
         images, used = [], 0
@@ -151,11 +166,11 @@ class FolderSource:
 
 
 class _PackedSource:
-    """The decoded images of a folder in one array, which forked workers share, with the start and shape of each."""
+    """The decoded images of a source in one array, which forked workers share, with the start and shape of each."""
 
-    def __init__(self, source: FolderSource, images: Sequence[np.ndarray]) -> None:
+    def __init__(self, source: EncodedSource, images: Sequence[np.ndarray]) -> None:
         self.source, self.classes, self.labels, self.notes = source, source.classes, source.labels, source.notes
-        self.name, self.fingerprint = source.name, source.fingerprint
+        self.name, self.fingerprint, self.shards = source.name, source.fingerprint, source.shards
         self.shapes = np.array([(*image.shape, 1)[:3] for image in images])
         self.starts = np.concatenate([[0], np.cumsum(self.shapes.prod(axis=1))])
         self.pixels = np.concatenate([image.reshape(-1) for image in images])
@@ -165,112 +180,46 @@ class _PackedSource:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         pixels = self.pixels[self.starts[index] : self.starts[index + 1]].reshape(self.shapes[index])
-        return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels), self.labels[index]
+        return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels), int(self.labels[index])
 
 
-def open_split(
-    dataset: str,
-    data_dir: Path,
-    *,
-    train: bool,
-    mode: str,
-    download: bool = True,
-    split: str | None = None,
-    val_split: float = 0.0,
-    seed: int = 0,
-) -> Source:
-    """One split of `digits`, `cifar10`, `cifar100`, `imagenet` or `folder`, with images in `mode` L or RGB.
+class Words:
+    """Labels as they are written, each word with the number of its first appearance."""
 
-    `digits` needs no files. CIFAR is downloaded into `data_dir` if it is missing and `download` is true. `imagenet` and
-    `folder` are `data_dir`/train and `data_dir`/val (or test for `folder`, or what `split` names), each with one folder
-    per class; only in train must each of them hold images. With `val_split`, a `folder` has the class folders itself,
-    and that share of each class, which `seed` chooses, is the evaluation split.
-    UsageError for another dataset, or a `val_split` of what is split already; InputError for missing or wrong files,
-    UnavailableError for a failed download.
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+        self.codes = array("i")
+
+    def append(self, word: str) -> None:
+        self.codes.append(self.numbers.setdefault(word, len(self.numbers)))
+
+
+def classified(
+    words: Sequence[str], codes: np.ndarray, *, known: Sequence[str] = (), where: str
+) -> tuple[list[str], np.ndarray]:
+    """The classes of labels that are written as `words[code]`, in order, and the number of each label, int32.
+
+    Numbers are in numerical order, other words in alphabetical order. Of classes that are `known`, a word is the name
+    or the number. InputError for a word that is neither, or a negative number.
     """
-    check_dataset(dataset)
-    if split and dataset not in EVAL_FOLDERS:
-        raise UsageError(f"{dataset} has a single evaluation split", "remove --split")
-    if dataset == "digits":
-        return _digits(train, mode)
-    if dataset in ("cifar10", "cifar100"):
-        return _cifar(dataset, data_dir, mode, train=train, download=download)
-    names = (split,) if split else ("train",) if train else EVAL_FOLDERS[dataset]
-    if dataset == "folder" and val_split and not split:
-        if not is_folder(data_dir):
-            raise InputError(f"no folder {data_dir}/, expected {data_dir}/CLASS/", "set --data-dir or $LSAG_DATA")
-        splits = [name for name in ("train", "val", "test") if any(map(Path.is_dir, (data_dir / name).glob("[!.]*")))]
-        if not splits:
-            return FolderSource(data_dir, mode, complete=train).part(val_split, seed=seed, train=train)
-        if train:
-            raise UsageError(
-                f"--val-split splits a folder of class folders, and {data_dir} has {splits[0]}/CLASS/",
-                "--val-split 0, or name the folder that has the class folders with --data-dir",
-            )
-    found = [data_dir / name for name in names if is_folder(data_dir / name)]
-    if not found:
-        kind = "image folder" if dataset == "folder" else dataset
-        expected = " or ".join(f"{data_dir / name}/CLASS/" for name in names)
-        fix = "set --data-dir or $LSAG_DATA"
-        if train and dataset == "folder":
-            fix += f", or hold out a share of each {data_dir}/CLASS/ with --val-split 0.2"
-        raise InputError(f"no {kind} in {data_dir}/: expected {expected}", fix)
-    root, *others = found
-    source = FolderSource(root, mode, complete=train)
-    if dataset in DATASETS and len(source.classes) != DATASETS[dataset].num_classes:
+    if any(re.fullmatch(r"-\d+", word) for word in words):
+        raise InputError(f"{where} has images with a negative label", "leave out images without a label")
+    numeric = all(word.isdecimal() for word in words)
+    classes = list(known) or sorted(words, key=int if numeric else None)
+    numbers = {str(number): number for number in range(len(known))} | {name: n for n, name in enumerate(classes)}
+    if strangers := [word for word in words if word not in numbers]:
         raise InputError(
-            f"{root} has {len(source.classes)} class folders, but {dataset} has {DATASETS[dataset].num_classes}",
-            "use --dataset folder for other images",
+            f"{where} has the label {_named(strangers)}, which is no class", "add it to the list of classes"
         )
-    source.notes += tuple(f"evaluated on {root}, not on {other}" for other in others)
-    return source
+    return classes, np.array([numbers[word] for word in words], np.int32)[codes]
 
 
-def _digits(train: bool, mode: str) -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 in 16 greys; a fixed, stratified fifth is held out."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    train_images, eval_images, train_labels, eval_labels = train_test_split(
-        images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
-    )
-    classes = [str(name) for name in digits.target_names]
-    if train:
-        return ArraySource(train_images, train_labels, classes, mode)
-    return ArraySource(eval_images, eval_labels, classes, mode)
-
-
-def _cifar(dataset: str, data_dir: Path, mode: str, *, train: bool, download: bool) -> Source:
-    from torchvision import datasets
-
-    kind = datasets.CIFAR10 if dataset == "cifar10" else datasets.CIFAR100
-    try:
-        files = kind(str(data_dir), train=train)
-    except RuntimeError as error:
-        folder = data_dir / kind.base_folder
-        problem = f"{dataset} is damaged in {folder}" if folder.exists() else f"no {dataset} in {folder}"
-        if not download:
-            raise InputError(problem, "allow the download, or put the extracted archive there") from error
-        existed = data_dir.exists()
-        try:
-            files = kind(str(data_dir), train=train, download=True)
-        except Exception as failure:  # urllib, tarfile and torchvision raise their own errors
-            if not existed and data_dir.is_dir() and not any(data_dir.iterdir()):
-                data_dir.rmdir()
-            raise UnavailableError(
-                f"{problem}, and it could not be downloaded: {first_line(failure)}",
-                f"fetch {kind.url} by hand and extract it into {data_dir}",
-            ) from failure
-    return ArraySource(files.data, files.targets, files.classes, mode)
-
-
-def _digest(*parts: object) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def digest(parts: Iterable[str | bytes]) -> str:
+    """A digest of all parts, one after another."""
+    total = hashlib.blake2b(digest_size=16)
     for part in parts:
-        digest.update(part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+        total.update(part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape"))
+    return total.hexdigest()
 
 
 def placeholder_classes(num_classes: int) -> tuple[str, ...]:
@@ -298,7 +247,7 @@ def number_as(classes: Sequence[str], source: Source, *, whose: str, where: str,
             ):
                 what += " (names that look alike differ in their Unicode form, NFC or NFD)"
             raise InputError(what, fix)
-        source.labels = [numbers[source.classes[label]] for label in source.labels]
+        source.labels = np.array([numbers[name] for name in source.classes], np.int32)[source.labels]
     source.classes = list(classes)
 
 

@@ -165,7 +165,7 @@ def try_provider(provider: str) -> str:
 def _dataset(name: str, data_dir: Path) -> Finding:
     if name == "digits":
         return Finding("digits", "comes with scikit-learn")
-    from lsag.data.sources import open_split
+    from lsag.data.splits import open_split
 
     try:
         found = open_split(name, data_dir, train=True, mode="RGB", download=False)

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from lsag.config import Precision
 from lsag.data.loading import batches, choose_workers, eval_loader
-from lsag.data.sources import number_as, open_split
+from lsag.data.sources import number_as
+from lsag.data.splits import open_for
 from lsag.distributed.world import SINGLE, World
 from lsag.errors import InputError
 from lsag.failpoints import failpoint
@@ -123,7 +124,7 @@ def evaluate_file(
     path: str | Path,
     *,
     dataset: str | None = None,
-    data_dir: str | Path,
+    data_dir: str | Path | None = None,
     split: str | None = None,
     device: str = "auto",
     provider: str | None = None,
@@ -135,23 +136,15 @@ def evaluate_file(
 ) -> Evaluation:
     """Evaluate a checkpoint, or an exported .onnx graph, on the evaluation split of `dataset` (default: its own).
 
-    Of a dataset in folders, `split` names the one to take. `device`, `provider` and `precision` are those of
+    `data_dir` is by default that of `default_data_dir`. `split` names another split to take.
+    `device`, `provider` and `precision` are those of
     `open_model`. `on_batch` is called with the number of images in each batch and of all images, first with 0.
     InputError if the dataset has classes that the model does not know, or outputs are not finite.
     """
     model = open_model(path, device=device, provider=provider, precision=precision)
     preset, classes = model.preset, model.classes
     dataset = preset.data.dataset if dataset is None else dataset
-    source = open_split(
-        dataset,
-        Path(data_dir),
-        train=False,
-        mode=preset.image_mode,
-        download=download,
-        split=split,
-        val_split=preset.data.val_split,
-        seed=preset.train.seed,
-    )
+    source = open_for(preset, dataset, None if data_dir is None else Path(data_dir), split=split, download=download)
     folder = getattr(source, "root", None)
     number_as(
         classes,

@@ -1,16 +1,19 @@
-"""The likeliest classes of image files."""
+"""The likeliest classes of images."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lsag.data.images import open_image
+from lsag.data.sources import Source
 from lsag.errors import InputError
 from lsag.inference.classifier import Classifier
 from lsag.machine import available_cores
@@ -23,44 +26,55 @@ if TYPE_CHECKING:
 class Prediction:
     """The likeliest classes of an image with their probabilities, best first, or the reason why it is unreadable."""
 
-    image: Path
+    image: Path | str
     classes: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     error: str = ""
 
 
 def predict(
-    model: "Classifier | Session", images: Iterable[Path], *, top_k: int = 5, batch_size: int = 64
+    model: "Classifier | Session", images: Iterable[Path] | Source, *, top_k: int = 5, batch_size: int = 64
 ) -> Iterator[Prediction]:
     """Yield the `top_k` likeliest classes of each image, in order; only a few batches are held in memory.
 
     An image that cannot be read yields a Prediction with its `error`. InputError for outputs that are not finite.
     """
-    remaining = iter(images)
+    remaining = _named(images, model.preset.image_mode)
 
-    def load(path: Path) -> Tensor | InputError:
+    def load(opened: Callable[[], Image.Image]) -> Tensor | InputError:
         try:
-            return model.transform(open_image(path, model.preset.image_mode))
+            return model.transform(opened())
         except InputError as error:
             return error
 
     with ThreadPoolExecutor(available_cores()) as threads:
 
-        def start() -> list[tuple[Path, Future[Tensor | InputError]]]:
-            return [(path, threads.submit(load, path)) for path in islice(remaining, batch_size)]
+        def start() -> list[tuple[Path | str, Future[Tensor | InputError]]]:
+            return [(name, threads.submit(load, opened)) for name, opened in islice(remaining, batch_size)]
 
         following = start()
         while batch := following:
             following = start()  # decoded while this batch is classified
-            loaded = [(path, future.result()) for path, future in batch]
+            loaded = [(name, future.result()) for name, future in batch]
             pixels = [image for _, image in loaded if isinstance(image, Tensor)]
             probabilities = iter(model(torch.stack(pixels)).float().softmax(dim=1).cpu() if pixels else ())
-            for path, image in loaded:
+            for name, image in loaded:
                 if isinstance(image, InputError):
-                    yield Prediction(path, error=image.what.removeprefix(f"cannot read image {path}: "))
+                    yield Prediction(name, error=image.what.removeprefix(f"cannot read image {name}: "))
                     continue
                 best = next(probabilities).topk(min(top_k, len(model.classes)))
                 if not best.values.isfinite().all():
-                    raise InputError(f"the model's outputs for {path} are not finite", "train or export it again")
-                names = tuple(model.classes[index] for index in best.indices)
-                yield Prediction(path, names, tuple(best.values.tolist()))
+                    raise InputError(f"the model's outputs for {name} are not finite", "train or export it again")
+                classes = tuple(model.classes[index] for index in best.indices)
+                yield Prediction(name, classes, tuple(best.values.tolist()))
+
+
+def _named(images: Iterable[Path] | Source, mode: str) -> Iterator[tuple[Path | str, Callable[[], Image.Image]]]:
+    """The name of each image, and what opens it."""
+    if isinstance(images, Iterable):
+        return ((path, partial(open_image, path, mode)) for path in images)
+    return ((images.name(index), partial(_loaded, images, index)) for index in range(len(images)))
+
+
+def _loaded(source: Source, index: int) -> Image.Image:
+    return source.load(index)[0]

@@ -1,18 +1,19 @@
 """What a training reads: the images of both splits, in the order and the slices of this rank."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lsag.config import Preset
+from lsag.config import DATASETS, Preset
 from lsag.data.loading import EpochBatches, batches, choose_workers, eval_loader, train_loader
-from lsag.data.sources import FolderSource, Source, number_as, open_split
+from lsag.data.sources import EncodedSource, Source, number_as
+from lsag.data.splits import open_split
 from lsag.distributed.environment import world_size_here
 from lsag.distributed.world import World
 from lsag.errors import InputError, UsageError
@@ -61,8 +62,8 @@ class Data:
         found: list[str] = []
         if images.broken is not None:
             indices = world.total_tensor(images.broken).nonzero().flatten().tolist()
-            left = Counter(images.source.labels) - Counter(images.source.labels[index] for index in indices)
-            lost = [name for label, name in enumerate(self.classes) if not left[label]]
+            left = np.delete(images.source.labels, indices)
+            lost = [self.classes[label] for label in np.setdiff1d(images.source.labels, left)]
             if lost:
                 what = f"no training image of {', '.join(lost[:5])} can be read"
                 raise InputError(what, "repair the images, or remove the class everywhere")
@@ -71,7 +72,7 @@ class Data:
                 try:
                     images.source.load(index)
                 except InputError as error:
-                    found.append(f"{Path(name).absolute()}: {error.what.removeprefix(f'cannot read image {name}: ')}")
+                    found.append(f"{name}: {error.what.removeprefix(f'cannot read image {name}: ')}")
         return found
 
 
@@ -126,7 +127,7 @@ def _open(preset: Preset, options: TrainOptions, *, first: bool) -> tuple[Source
     train, evaluation = (
         open_split(
             preset.data.dataset,
-            Path(options.data_dir),
+            Path(options.data_dir).absolute(),
             train=train,
             mode=preset.image_mode,
             download=options.download and first,
@@ -140,21 +141,21 @@ def _open(preset: Preset, options: TrainOptions, *, first: bool) -> tuple[Source
         evaluation,
         whose="the training split",
         where="the evaluation split",
-        fix="give both splits folders of the same classes",
+        fix="give both splits images of the same classes",
     )
     return _in_memory(train, skip_broken=options.skip_broken), _in_memory(evaluation)
 
 
 def _in_memory(source: Source, *, skip_broken: bool = False) -> Source:
-    """A small folder in memory; one with broken images stays where it is, if they are skipped."""
+    """Few images in memory; where broken ones are skipped, a source with broken images stays where it is."""
     with suppress(InputError) if skip_broken else nullcontext():
-        return source.packed() if isinstance(source, FolderSource) else source
+        return source.packed() if isinstance(source, EncodedSource) else source
     return source
 
 
 def _with_classes(preset: Preset, found: int) -> Preset:
-    """A folder sets the number of classes; any other dataset must have that of the preset."""
-    if preset.data.dataset == "folder":
+    """Images of one's own set the number of classes; any other dataset must have that of the preset."""
+    if preset.data.dataset not in DATASETS:
         return preset.with_classes(found)
     if found != preset.model.num_classes:
         raise UsageError(

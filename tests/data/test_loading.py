@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from lsag import load_preset
 from lsag.data.loading import EpochBatches, TrainSet, batches, eval_loader, train_loader
-from lsag.data.sources import open_split
+from lsag.data.splits import open_split
 from lsag.data.transforms import Normalize, eval_transform, train_transform
 from lsag.errors import InputError, UsageError, WorkerError
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lsag import LSAG, load_checkpoint, load_preset
-from lsag.data.sources import open_split
+from lsag.data.splits import open_split
 from lsag.distributed.world import World
 from lsag.errors import (
     CheckError,

@@ -12,7 +12,7 @@ import torch
 
 from lsag import LSAG, load_checkpoint, load_preset
 from lsag.data.loading import EpochBatches, batches, train_loader
-from lsag.data.sources import open_split
+from lsag.data.splits import open_split
 from lsag.errors import CheckError, InputError, OutputError, UsageError
 from lsag.training.events import Epoch, Finished
 from tests.conftest import (
@@ -222,9 +222,9 @@ def test_resuming_with_other_settings_is_refused(tmp_path, preset, stopped):
 
 
 def test_resuming_on_other_images_is_refused(preset, stopped, monkeypatch):
-    import lsag.data.sources
+    import lsag.data.arrays
 
-    monkeypatch.setattr(lsag.data.sources.ArraySource, "fingerprint", lambda self: "other")
+    monkeypatch.setattr(lsag.data.arrays.ArraySource, "fingerprint", lambda self: "other")
     with pytest.raises(UsageError, match="run on other images"):
         run(preset, stopped, resume=True)
     run(preset, stopped, resume=True, allow_change=["data"])
@@ -303,7 +303,7 @@ import torch, torch.distributed as dist
 from lsag import load_preset
 from lsag.checkpoint import random_checkpoint
 from lsag.data.loading import eval_loader
-from lsag.data.sources import open_split
+from lsag.data.splits import open_split
 from lsag.distributed.world import World
 from lsag.inference.classifier import Classifier
 from lsag.inference.evaluate import evaluate
