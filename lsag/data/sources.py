@@ -27,11 +27,15 @@ EVAL_FOLDERS = {"imagenet": ("val",), "folder": ("val", "test")}
 
 
 class Source(Protocol):
-    """Decoded images with their labels; `classes[label]` is a label's name. `notes` are for a person to read."""
+    """Decoded images with their labels; `classes[label]` is a label's name. `notes` are for a person to read.
+
+    `shards` is the number of the tar shard that each image lies in, int32 (N,); None for images that lie in none.
+    """
 
     classes: list[str]
     labels: list[int]
     notes: tuple[str, ...]
+    shards: np.ndarray | None
 
     def __len__(self) -> int: ...
 
@@ -49,6 +53,7 @@ class ArraySource:
     """Images held in memory as one uint8 array (N, height, width) or (N, height, width, 3)."""
 
     notes: tuple[str, ...] = ()
+    shards: np.ndarray | None = None
 
     def __init__(self, images: np.ndarray, labels: Sequence[int], classes: Sequence[str], mode: str) -> None:
         self.images, self.labels, self.classes = images, list(map(int, labels)), list(classes)
@@ -72,6 +77,8 @@ class FolderSource:
 
     InputError for a folder that cannot be read, no images, and with `complete` for a class without images.
     """
+
+    shards: np.ndarray | None = None
 
     def __init__(self, root: Path, mode: str, *, complete: bool = True) -> None:
         self.root, self.mode, self.fix = root, mode, REPAIR + (", or train with --skip-broken" if complete else "")
@@ -155,7 +162,7 @@ class _PackedSource:
 
     def __init__(self, source: FolderSource, images: Sequence[np.ndarray]) -> None:
         self.source, self.classes, self.labels, self.notes = source, source.classes, source.labels, source.notes
-        self.name, self.fingerprint = source.name, source.fingerprint
+        self.name, self.fingerprint, self.shards = source.name, source.fingerprint, source.shards
         self.shapes = np.array([(*image.shape, 1)[:3] for image in images])
         self.starts = np.concatenate([[0], np.cumsum(self.shapes.prod(axis=1))])
         self.pixels = np.concatenate([image.reshape(-1) for image in images])
