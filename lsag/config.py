@@ -52,6 +52,7 @@ SWIN_WINDOW = 8
 """Patches along a side of a window. Swin's own 7 divides none of the presets' grids. A smaller grid is one window."""
 # timm's syntax: magnitude, its spread and limit, number of operations, probability, increasing severity.
 RAND_AUGMENT = r"^rand(-((m|n|mmax|inc)\d{1,2}|(mstd|p)\d+(\.\d+)?))*$"
+SHUFFLE = r"^(full|shards:[1-9]\d{0,6})$"
 
 
 class DatasetInfo(NamedTuple):
@@ -254,15 +255,31 @@ class DataConfig(Frozen):
     val_split: BelowOne = 0.0
     """Share of each class to hold out of the training images for evaluation, where no images are kept apart for it.
     train.seed chooses the images."""
+    shuffle: Annotated[str, Field(pattern=SHUFFLE)] = "full"
+    """How an epoch is shuffled. "full": all images. "shards:N": the tar shards, and then the images of N shards at a
+    time, so that few files are being read."""
+    balance: Probability = 0.0
+    """How far classes are evened out in training: one of n images has a share of an epoch in proportion to
+    n^(1 - balance). 0: each image once; 1: each class equally often."""
+
+    @property
+    def shards_at_once(self) -> int:
+        """N of the shuffle "shards:N"; 0 if all images are shuffled."""
+        return int(self.shuffle.partition(":")[2] or 0)
 
     @model_validator(mode="after")
-    def _has_a_dataset(self) -> Self:
+    def _fits_together(self) -> Self:
         try:
             parse_dataset(self.dataset)
         except UsageError as error:
             raise ValueError(f"{error.what}; {error.fix}") from None
         if self.val_split and self.dataset in DATASETS:
             raise ValueError(f"{self.dataset} has a split for evaluation; val_split is for images of your own")
+        if self.balance and self.shards_at_once:
+            raise ValueError(
+                f"balance {self.balance:g} draws from all images, shuffle {self.shuffle} from a few shards at a time; "
+                "set data.balance=0 or data.shuffle=full"
+            )
         return self
 
 
@@ -312,6 +329,9 @@ class TrainConfig(Frozen):
     """Learning rate of each layer, as a factor of that of the layer above it; the head has the full one."""
     patience: NonNegativeInteger = 0
     """Epochs without a better top-1 after which the training ends; 0: it takes all its epochs."""
+    class_weights: Literal["none", "inverse"] = "none"
+    """What a class counts in the training loss; "inverse": in inverse proportion to the number of its images. The loss
+    of an evaluation is never weighted."""
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
 
     @property
@@ -363,6 +383,11 @@ class Preset(Frozen):
             raise ValueError(f"train.batch_size {self.train.batch_size} must be even while mixup or cutmix is on")
         if self.augment.rand_augment and channels != 3:
             raise ValueError("augment.rand_augment needs colour images (model.in_channels = 3); set it to 'none'")
+        if self.data.balance and self.train.class_weights != "none":
+            raise ValueError(
+                f"data.balance {self.data.balance:g} and train.class_weights '{self.train.class_weights}' both make up "
+                "for rare classes; set data.balance=0 or train.class_weights=none"
+            )
         if isinstance(self.model, ModelConfig) and self.train.freeze > len(self.model.stages):
             raise ValueError(f"train.freeze {self.train.freeze} is more than the {len(self.model.stages)} stages")
         return self

@@ -287,8 +287,8 @@ def checkpoint_preset(path: Path) -> Preset:
         from lsag.checkpoint import load_checkpoint
 
     preset = load_checkpoint(path).preset
-    data = preset.data.model_copy(update={"val_split": 0.0})
-    train = preset.train.model_copy(update={"freeze": 0, "patience": 0})
+    data = preset.data.model_copy(update={"val_split": 0.0, "shuffle": "full", "balance": 0.0})
+    train = preset.train.model_copy(update={"freeze": 0, "patience": 0, "class_weights": "none"})
     return preset.model_copy(update={"data": data, "train": train})
 
 

@@ -74,6 +74,15 @@ def test_override_values_are_toml_or_else_text(text, expected):
         ({"train.layer_decay": 0}, ["train.layer_decay"]),
         ({"data.val_split": 0.2}, ["val_split is for folders of images", "--dataset folder"]),
         ({"data.val_split": 1}, ["data.val_split"]),
+        ({"data.shuffle": "shards:0"}, ["data.shuffle", "'shards:0'"]),
+        ({"data.shuffle": "none"}, ["data.shuffle", "full|shards:"]),
+        ({"data.balance": 1.5}, ["data.balance", "less than or equal to 1"]),
+        ({"data.balance": 1, "data.shuffle": "shards:8"}, ["balance 1 ", "shuffle shards:8", "data.shuffle=full"]),
+        ({"train.class_weights": "x"}, ["train.class_weights", "'inverse'"]),
+        (
+            {"data.balance": 0.5, "train.class_weights": "inverse"},
+            ["data.balance 0.5 and train.class_weights 'inverse' both", "train.class_weights=none"],
+        ),
     ],
 )
 def test_mistakes_are_named_all_at_once(overrides, words):

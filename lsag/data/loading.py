@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
@@ -44,7 +45,7 @@ def random_key(*parts: int | str) -> int:
 
 
 class TrainSet(Dataset[Item]):
-    """Augmented images. An index is (epoch, image), and gives the same pixels in any worker and any order.
+    """Augmented images. An index is a position of EpochBatches, and gives the same pixels in any worker and any order.
 
     With `skip_broken`, an image that cannot be read gives another one, and its `broken`, which the workers share, is 1.
     """
@@ -54,7 +55,7 @@ class TrainSet(Dataset[Item]):
         self.transform = train_transform(preset)
         self.broken = torch.zeros(len(source), dtype=torch.int32).share_memory_() if skip_broken else None
 
-    def __getitem__(self, position: tuple[int, int]) -> Item:
+    def __getitem__(self, position: tuple[int, ...]) -> Item:
         key = random_key(self.seed, "augment", *position)
         # The generators that the transforms of timm and torchvision draw from.
         random.seed(key)
@@ -66,8 +67,8 @@ class TrainSet(Dataset[Item]):
             return error  # raised in a worker, it would arrive as a traceback
         return self.transform(image), label
 
-    def _load(self, epoch: int, image: int) -> tuple[Image.Image, int]:
-        """The image, or one that the seed, the epoch and the image choose in its place."""
+    def _load(self, epoch: int, image: int, *repeat: int) -> tuple[Image.Image, int]:
+        """The image, or one that the seed and the position choose in its place."""
         for attempt in range(MAX_REPLACED):
             try:
                 return self.source.load(image)
@@ -75,7 +76,7 @@ class TrainSet(Dataset[Item]):
                 if self.broken is None or isinstance(error, UnreachableError):
                     raise
                 self.broken[image] = 1
-                image = random_key(self.seed, "replace", epoch, image, attempt) % len(self.source)
+                image = random_key(self.seed, "replace", epoch, image, *repeat, attempt) % len(self.source)
         raise InputError(f"no training image could be read in {MAX_REPLACED} attempts", "check the data folder")
 
 
@@ -96,16 +97,31 @@ class EvalSet(Dataset[Item]):
         return self.transform(image), label
 
 
-class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """The slices of an epoch's batches that one rank takes, as (epoch, image) pairs in random order.
+class EpochBatches(Sampler[list[tuple[int, ...]]]):
+    """The slices of an epoch's batches that one rank takes, as positions (epoch, image) in random order.
+
+    With data.balance, which needs the `labels`, an epoch may have an image again, at (epoch, image, repeat), where the
+    repeats are counted from 1, so that each is augmented in its own way. data.shuffle = "shards:N" needs the `shards`:
+    UsageError if they are None.
 
     Each batch is cut into size x accum slices, of which rank r takes `accum`, from r x accum on. 8 ranks see the same
     slices as one rank that accumulates 8. Images that do not fill a batch are dropped. Set `epoch` and `first_step`
     before an epoch is read.
     """
 
-    def __init__(self, num_images: int, preset: Preset, *, rank: int = 0, size: int = 1, accum: int = 1) -> None:
+    def __init__(
+        self,
+        num_images: int,
+        preset: Preset,
+        *,
+        labels: ArrayLike = (),
+        shards: np.ndarray | None = None,
+        rank: int = 0,
+        size: int = 1,
+        accum: int = 1,
+    ) -> None:
         self.num_images, self.batch_size, self.seed = num_images, preset.train.batch_size, preset.train.seed
+        self.data, self.labels, self.shards = preset.data, labels, shards
         self.slice_size = preset.slice_size(size * accum)
         self.slices = range(rank * accum, (rank + 1) * accum)
         self.num_steps = num_images // self.batch_size
@@ -115,17 +131,54 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
                 f"{num_images:,} training images do not fill one batch of {self.batch_size}",
                 "choose a smaller one with --set train.batch_size=N",
             )
+        if self.data.shards_at_once and shards is None:
+            raise UsageError(
+                f"shuffle {self.data.shuffle} is for tar shards, and {self.data.dataset} has none",
+                "--set data.shuffle=full",
+            )
 
     def __len__(self) -> int:
         return (self.num_steps - self.first_step) * len(self.slices)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(random_key(self.seed, "order", self.epoch))
-        order = torch.randperm(self.num_images, generator=generator).tolist()
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        order = self.order()
         for step in range(self.first_step, self.num_steps):
             for index in self.slices:
                 start = step * self.batch_size + index * self.slice_size
-                yield [(self.epoch, image) for image in order[start : start + self.slice_size]]
+                drawn = order[start : start + self.slice_size].tolist()
+                repeats = (divmod(number, self.num_images) for number in drawn)
+                yield [(self.epoch, image, repeat) if repeat else (self.epoch, image) for repeat, image in repeats]
+
+    def order(self) -> Tensor:
+        """The images of the epoch, int64 (num_images,); num_images is added to one at each of its repeats."""
+        generator = torch.Generator().manual_seed(random_key(self.seed, "order", self.epoch))
+        order = torch.randperm(self.num_images, generator=generator)
+        if self.data.shards_at_once:
+            shards, shard = np.unique(np.asarray(self.shards), return_inverse=True)
+            group = torch.randperm(len(shards), generator=generator) // self.data.shards_at_once
+            order = order[group[torch.from_numpy(shard)[order]].argsort(stable=True)]
+        if self.data.balance:
+            order = _balanced(order, self.labels, self.data.balance, generator)
+        return order
+
+
+def _balanced(order: Tensor, labels: ArrayLike, balance: float, generator: torch.Generator) -> Tensor:
+    """An epoch as long as the random `order` of all images, in which each class that has images gets its share.
+
+    A class's images are drawn in turn, as they come in `order`, again and again. Shares are rounded up or down by
+    chance, so that they are exact over many epochs. Repeats are numbered as in EpochBatches.order.
+    """
+    size = len(order)
+    _, label, count = (torch.from_numpy(a) for a in np.unique(labels, return_inverse=True, return_counts=True))
+    share = (count.double() ** (1 - balance)).cumsum(0)
+    ends = (share * (size / share[-1]) + torch.rand((), generator=generator, dtype=torch.float64)).long()
+    ends[-1] = size
+    quota = ends.diff(prepend=ends.new_zeros(1))
+    images = order[label[order].argsort(stable=True)]  # class by class
+    drawn = torch.arange(len(count)).repeat_interleave(quota)  # the class of each draw
+    turn = torch.arange(size) - (ends - quota)[drawn]  # and its number within that class
+    image = images[(count.cumsum(0) - count)[drawn] + turn % count[drawn]]
+    return (image + turn // count[drawn] * size)[torch.randperm(size, generator=generator)]
 
 
 def choose_workers(num_images: int, *, processes: int = 1) -> int:

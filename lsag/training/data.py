@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -27,7 +28,8 @@ EVAL_BATCH = 128
 class Data:
     """Both splits with their loaders. `fingerprint` changes with the images, their labels and their order.
 
-    `notes` on what is not used are for a person to read.
+    `class_weights` are what each class counts in the loss, (num_classes,), None if all count alike. `notes` on what is
+    not used are for a person to read.
     """
 
     classes: tuple[str, ...]
@@ -35,6 +37,7 @@ class Data:
     fingerprint: str
     num_train: int
     num_eval: int
+    class_weights: Tensor | None
     order: EpochBatches
     train_loader: DataLoader[Any]
     eval_loader: DataLoader[Any]
@@ -62,8 +65,9 @@ class Data:
         found: list[str] = []
         if images.broken is not None:
             indices = world.total_tensor(images.broken).nonzero().flatten().tolist()
-            left = np.delete(images.source.labels, indices)
-            lost = [self.classes[label] for label in np.setdiff1d(images.source.labels, left)]
+            labels = np.asarray(images.source.labels)
+            had, gone = (np.bincount(some, minlength=len(self.classes)) for some in (labels, labels[indices]))
+            lost = [self.classes[label] for label in np.flatnonzero((had > 0) & (had == gone))]
             if lost:
                 what = f"no training image of {', '.join(lost[:5])} can be read"
                 raise InputError(what, "repair the images, or remove the class everywhere")
@@ -92,7 +96,15 @@ def open_data(preset: Preset, options: TrainOptions, world: World) -> tuple[Pres
     workers = options.workers
     if workers is None:
         workers = choose_workers(len(train), processes=world_size_here())
-    order = EpochBatches(len(train), preset, rank=world.rank, size=world.size, accum=options.accum)
+    order = EpochBatches(
+        len(train),
+        preset,
+        labels=train.labels,
+        shards=train.shards,
+        rank=world.rank,
+        size=world.size,
+        accum=options.accum,
+    )
     eval_batch, pin = min(preset.train.batch_size, EVAL_BATCH), world.device.type == "cuda"
     return preset, Data(
         classes=tuple(train.classes),
@@ -100,6 +112,7 @@ def open_data(preset: Preset, options: TrainOptions, world: World) -> tuple[Pres
         fingerprint=fingerprint,
         num_train=len(train),
         num_eval=len(evaluation),
+        class_weights=class_weights(train).to(world.device) if preset.train.class_weights == "inverse" else None,
         order=order,
         train_loader=train_loader(
             train,
@@ -120,6 +133,15 @@ def open_data(preset: Preset, options: TrainOptions, world: World) -> tuple[Pres
         ),
         eval_batch=eval_batch,
     )
+
+
+def class_weights(source: Source) -> Tensor:
+    """What each class counts in the loss, float32 (num_classes,): N / (K n) for n of N images, if K classes have any.
+
+    Their mean over the images is 1. A class without images counts 0.
+    """
+    count = torch.from_numpy(np.bincount(np.asarray(source.labels), minlength=len(source.classes)))
+    return torch.where(count > 0, len(source) / (count.count_nonzero() * count), 0.0)
 
 
 def _open(preset: Preset, options: TrainOptions, *, first: bool) -> tuple[Source, Source]:

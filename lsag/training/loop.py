@@ -81,7 +81,7 @@ def fit(
 ) -> Iterator[Step | Epoch]:
     """The epochs that are left. StopRequestedError, between two steps, when a signal asks to stop."""
     position = state.position
-    step = TrainStep(state, data.order.slices, world, signals, meter)
+    step = TrainStep(state, data.order.slices, world, signals, meter, class_weights=data.class_weights)
     while not state.finished:
         epoch = position.epoch
         failpoint("epoch_begin")

@@ -42,8 +42,11 @@ class StepResult(StepRow):
 class TrainStep:
     """Updates the state with a batch, of which this rank takes `slices`, one after another."""
 
-    def __init__(self, state: State, slices: range, world: World, signals: Signals, meter: Meter) -> None:
+    def __init__(
+        self, state: State, slices: range, world: World, signals: Signals, meter: Meter, *, class_weights: Tensor | None
+    ) -> None:
         self.state, self.slices, self.world, self.signals, self.meter = state, slices, world, signals, meter
+        self.class_weights = class_weights
         self.mixup = make_mixup(state.preset)
         # Mixup smooths the labels itself.
         self.label_smoothing = 0.0 if self.mixup else state.preset.augment.label_smoothing
@@ -123,12 +126,25 @@ class TrainStep:
         with net.no_sync() if waits else contextlib.nullcontext(), lost_peers():  # type: ignore[operator]
             with autocast(device, DTYPES[state.precision]):
                 logits = net(images)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing) / len(self.slices)
+            loss = self.loss(logits.float(), targets) / len(self.slices)
             if failpoint("after_forward"):
                 loss = loss * math.nan
             state.scaler.scale(loss).backward()
         failpoint("after_backward")
         return loss.detach()
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean over the images of -sum(weights * targets * log_softmax(logits)) over the classes, in nats.
+
+        `targets` are labels (B,), which are smoothed here, or distributions (B, K), as mixup makes them. Each class's
+        term of a target has the weight of that class, so a mixed or smoothed image counts in proportion to what it is
+        made of. Dividing by the number of images, not by the sum of their weights as torch's mean does, gives the same
+        loss however a batch is cut into slices.
+        """
+        weights, smoothing = self.class_weights, self.label_smoothing
+        if weights is None:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        return F.cross_entropy(logits, targets, weights, reduction="sum", label_smoothing=smoothing) / len(logits)
 
 
 def make_mixup(preset: Preset) -> Mixup | None:

@@ -8,11 +8,13 @@ import tempfile
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
 from lsag import load_preset
-from lsag.data.loading import EpochBatches, TrainSet, batches, eval_loader, train_loader
+from lsag.data.loading import EpochBatches, TrainSet, batches, eval_loader, random_key, train_loader
 from lsag.data.splits import open_split
 from lsag.data.transforms import Normalize, eval_transform, train_transform
 from lsag.errors import InputError, UsageError, WorkerError
@@ -148,6 +150,90 @@ def test_epochs_visit_each_image_once():
     assert [index for batch in order for _, index in batch] != visited
     with pytest.raises(UsageError, match="5 training images do not fill one batch of 10"):
         EpochBatches(5, preset)
+
+
+def test_all_images_are_shuffled_as_ever():
+    """Runs of before are resumed in the order that they began."""
+    assert random_key(0, "order", 0) == 4819849257279361181
+    assert random_key(0, "augment", 3, 7) == 4169646252125455445
+    preset = load_preset("cifar-nano", {"train.batch_size": 10})
+    order = EpochBatches(105, preset, labels=[0] * 105, shards=np.zeros(105, dtype=np.int32))
+    order.epoch = 3
+    generator = torch.Generator().manual_seed(random_key(0, "order", 3))
+    expected = torch.randperm(105, generator=generator).tolist()[:100]
+    positions = [position for batch in order for position in batch]
+    assert positions == [(3, image) for image in expected]
+    assert {type(number) for position in positions for number in position} == {int}
+
+
+def test_few_shards_are_open_at_a_time():
+    shards = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3, 5, 6, 7, 90], 16)).astype(np.int32)
+    preset = load_preset("cifar-nano", {"train.batch_size": 8, "data.shuffle": "shards:3"})
+
+    def epoch(number, first_step=0, **ranks):
+        order = EpochBatches(128, preset, shards=shards, **ranks)
+        order.epoch, order.first_step = number, first_step
+        return [[image for _, image in batch] for batch in order]
+
+    first, second = (np.concatenate(epoch(number)) for number in (0, 1))
+    for images in (first, second):
+        assert sorted(images) == list(range(128))
+        groups = [set(shards[images[start : start + 48]]) for start in (0, 48, 96)]
+        assert [len(group) for group in groups] == [3, 3, 2] and len(set().union(*groups)) == 8
+        assert len(set(shards[images[:12]])) == 3, "the images of the open shards are shuffled together"
+    assert set(shards[first[:48]]) != set(shards[second[:48]])
+    assert epoch(1, 5) == epoch(1)[5:]
+    ranks = [epoch(1, rank=rank, size=2, accum=2) for rank in range(2)]
+    together = [ranks[rank][2 * step + slice] for step in range(16) for rank in range(2) for slice in range(2)]
+    assert np.concatenate(together).tolist() == second.tolist()
+    with pytest.raises(UsageError, match="shuffle shards:3 is for tar shards, and cifar10 has none"):
+        EpochBatches(128, preset)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.sampled_from([0, 1, 3, 10, 200]), min_size=1, max_size=9), st.floats(0.01, 1))
+def test_classes_are_balanced_as_far_as_asked(counts, balance):
+    """A class without images among them."""
+    assume(sum(counts))
+    counts, size = np.array(counts), sum(counts)
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    preset = load_preset("cifar-nano", {"train.batch_size": 1, "data.balance": balance})
+    order = EpochBatches(size, preset, labels=labels)
+    positions = [position for batch in order for position in batch]
+    assert len(positions) == len(set(positions)) == size
+    times = np.bincount([image for _, image, *_ in positions], minlength=size)
+    # Of an image that occurs three times: (epoch, image), (epoch, image, 1), (epoch, image, 2).
+    assert set(positions) == {(0, image, k)[: 2 + (k > 0)] for image in range(size) for k in range(times[image])}
+    shares = np.where(counts, np.maximum(counts, 1.0) ** (1 - balance), 0)
+    shares *= size / shares.sum()
+    for label, count in enumerate(counts):
+        of_class = times[labels == label]
+        assert abs(of_class.sum() - shares[label]) < 1.000001 and (not count or np.ptp(of_class) <= 1)
+    assert positions == [position for batch in EpochBatches(size, preset, labels=labels.tolist()) for position in batch]
+
+
+def test_no_class_is_favoured_by_rounding():
+    preset = load_preset("cifar-nano", {"train.batch_size": 1, "data.balance": 1.0})
+    order, labels, drawn = EpochBatches(6, preset, labels=[0, 1, 1, 1, 2, 3]), torch.tensor([0, 1, 1, 1, 2, 3]), []
+    for order.epoch in range(400):
+        drawn.append(labels[order.order() % 6].bincount(minlength=4))
+    assert torch.stack(drawn).float().mean(dim=0).tolist() == pytest.approx([1.5] * 4, abs=0.1)
+
+
+def test_repeats_of_an_image_are_augmented_in_their_own_ways(folder):
+    for name in ("cat/0", "dog/1", "dog/2", "dog/3"):
+        (folder / "train" / f"{name}.png").unlink()
+    preset = load_preset("cifar-nano", {"train.batch_size": 2, "data.balance": 1.0}, dataset="folder")
+    source = open_split("folder", folder, train=True, mode="RGB")
+    order = EpochBatches(len(source), preset, labels=source.labels)
+    seen = []
+    for workers in (0, 2):
+        epoch = batches(train_loader(source, preset, order, workers=workers))
+        images, labels = map(torch.cat, zip(*epoch, strict=True))
+        seen.append(images)
+    assert torch.equal(*seen)
+    one, other = images[labels == 1]
+    assert not torch.equal(one, other)
 
 
 def test_the_recipe_reaches_the_transform():

@@ -17,6 +17,7 @@ from lsag.presets import for_fine_tuning
 from lsag.training.begin import data_parallel, initialise_from
 from lsag.training.events import Epoch
 from lsag.training.optim import make_optimizer
+from lsag_cli.train import checkpoint_preset
 from tests.conftest import ABLATIONS, assert_equal, assert_refused, changed, newest, run, small_config, stop_after
 
 STAGES = "model.stages=[{embed_dim=8,depth=2,num_heads=2},{embed_dim=8,depth=1,num_heads=2}]"
@@ -112,6 +113,13 @@ def test_the_recipe_of_a_checkpoint_is_fitted_to_few_images():
     mine = load_preset("cifar-tiny", {"train.lr": 1e-3, "train.batch_size": 64})
     given = ("train.lr", "train.batch_size", "train.epochs")
     assert for_fine_tuning(mine, trained.train, given=given, num_images=100, num_slices=1) == (mine, [])
+
+
+def test_what_concerned_the_images_of_a_checkpoint_is_not_taken_over(tmp_path, preset):
+    own = {"data.val_split": 0.2, "data.balance": 0.5, "train.freeze": 1, "train.patience": 3}
+    for changes in (own, {"data.shuffle": "shards:4", "train.class_weights": "inverse"}):
+        save(tmp_path / "old.pt", changed(preset, changes), ("cat", "dog", "frog"))
+        assert checkpoint_preset(tmp_path / "old.pt") == preset
 
 
 def test_a_short_training_has_a_short_warm_up(lsag, tmp_path):

@@ -1,13 +1,16 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from lsag import LSAG, load_checkpoint, load_preset
+from lsag.data.arrays import ArraySource
 from lsag.data.splits import open_split
 from lsag.distributed.world import World
 from lsag.errors import (
@@ -21,11 +24,12 @@ from lsag.errors import (
 )
 from lsag.inference.evaluate import evaluate_file
 from lsag.training.begin import data_parallel
+from lsag.training.data import class_weights
 from lsag.training.events import Epoch, Started, Step
 from lsag.training.loop import train
 from lsag.training.options import TrainOptions
-from lsag.training.step import make_mixup
-from tests.conftest import ABLATIONS, newest, run, small_config
+from lsag.training.step import TrainStep, make_mixup
+from tests.conftest import ABLATIONS, changed, losses, newest, run, small_config
 
 
 @pytest.fixture
@@ -289,6 +293,52 @@ def test_mixup_follows_the_preset():
     assert (mix.label_smoothing, mix.num_classes, mix.mode) == (0.1, 10, "batch")
     assert make_mixup(load_preset("cifar-tiny", {"augment.mixup": 0, "augment.cutmix": 0})) is None
     assert make_mixup(load_preset("cifar-tiny", {"augment.mixup_prob": 0})) is None
+
+
+def test_the_loss_weighs_each_class_in_the_target():
+    weights = torch.tensor([0.0, 0.5, 3.0, 1.0])
+    logits, labels = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3, 3] * 2)
+    logs = logits.log_softmax(dim=1)
+    for smoothing, mixup in ((0.0, 0), (0.1, 0), (0.1, 0.8)):
+        changes = {"augment.label_smoothing": smoothing, "augment.mixup": mixup, "model.num_classes": 4}
+        state = SimpleNamespace(preset=load_preset("cifar-nano", changes))
+        step = TrainStep(state, range(1), *[None] * 3, class_weights=weights)
+        targets = F.one_hot(labels, 4) * (1 - smoothing) + smoothing / 4
+        given = labels
+        if mixup:
+            _, given = step.mixup(torch.zeros(8, 1, 2, 2), labels)
+            targets = given
+        expected = torch.tensor([-sum(weights * targets[image] * logs[image]) for image in range(8)]).mean()
+        torch.testing.assert_close(step.loss(logits, given), expected)
+        halves = [step.loss(logits[part], given[part]) for part in (slice(4), slice(4, 8))]
+        torch.testing.assert_close(sum(halves) / 2, expected)
+        step.class_weights = None
+        plain = F.cross_entropy(logits, given, label_smoothing=0.0 if mixup else smoothing)
+        assert torch.equal(step.loss(logits, given), plain)
+
+
+def test_classes_are_weighted_by_their_images_however_a_batch_is_cut(lsag, tmp_path, tiny_preset):
+    source = open_split("digits", tmp_path, train=True, mode="L")
+    assert class_weights(source)[source.labels].mean().item() == pytest.approx(1)
+    few = ArraySource(np.zeros((4, 8, 8), dtype=np.uint8), [2, 0, 2, 2], ["a", "none", "c"], "L")
+    assert class_weights(few).tolist() == pytest.approx([4 / 2, 0, 4 / (2 * 3)])
+    for label, count in ((0, 24), (1, 6), (2, 2)):
+        for index in np.flatnonzero(np.array(source.labels) == label)[:count]:
+            for split in ("train", "val"):
+                (tmp_path / split / str(label)).mkdir(parents=True, exist_ok=True)
+                source.load(index)[0].save(tmp_path / split / str(label) / f"{index}.png")
+    changes = {"augment.mixup": 0, "train.batch_size": 16, "train.class_weights": "inverse", "model.drop_path": 0.0}
+    preset = load_preset(_write(tmp_path, tiny_preset), changes, dataset="folder")
+    run(preset, tmp_path / "run")
+    run(preset, tmp_path / "accumulated", accum=4)
+    path = _write(tmp_path, preset)
+    options = ["--preset", path, "--data-dir", tmp_path, "--precision", "fp32"]
+    done = lsag("train", *options, "--procs", 2, "--device", "cpu", "--out", "ranks")
+    assert done.returncode == 0, done.stderr
+    for name in ("accumulated", "ranks"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
+    run(changed(preset, {"train.class_weights": "none"}), tmp_path / "plain")
+    assert losses(tmp_path / "plain")[0] != pytest.approx(losses(tmp_path / "run")[0], rel=1e-3)
 
 
 def test_the_warm_up_of_ddp_is_not_counted_by_batch_norm():

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,6 +79,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, preset, options, em
     again = run(preset, tmp_path / "parts", resume=True, **options)
     assert isinstance(again[-1], Finished) and again[-1].best_top1 == events[-1].best_top1 and len(again) == 2
     assert "is already finished (epoch 2 of 2): nothing is left to train" in again[0].notes[0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"data.shuffle": "shards:3", "train.class_weights": "inverse"}, {"data.balance": 0.5}]
+)
+def test_a_resumed_run_draws_the_images_that_were_left(tmp_path, preset, monkeypatch, changes):
+    monkeypatch.setattr("lsag.data.sources.ArraySource.shards", np.arange(1437, dtype=np.int32) // 90)
+    preset = changed(preset, {**changes, "train.epochs": 1})
+    run(preset, tmp_path / "whole")
+    stop_after(preset, tmp_path / "parts", 9)
+    run(preset, tmp_path / "parts", resume=True)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
 @pytest.mark.slow
@@ -211,6 +225,9 @@ def test_resuming_with_other_settings_is_refused(tmp_path, preset, stopped):
         run(slower, stopped, resume=True)
     with pytest.raises(UsageError, match=r"another model.drop_path — resume with the original settings$"):
         run(changed(preset, {"model.drop_path": 0.3}), stopped, resume=True)
+    for key, value in {"data.balance": 0.5, "train.class_weights": "inverse"}.items():
+        with pytest.raises(UsageError, match=f"another {key} — .*--allow-change {key}"):
+            run(changed(preset, {key: value}), stopped, resume=True)
     with pytest.raises(UsageError, match="lies outside its epoch"):
         stop_after(preset, tmp_path / "late", 25)
         smaller = changed(preset, {"train.batch_size": 32})
@@ -219,6 +236,19 @@ def test_resuming_with_other_settings_is_refused(tmp_path, preset, stopped):
         run(slower, stopped, resume=True, allow_change=["train.lrr"])
     events = run(slower, stopped, resume=True, allow_change=["train.lr", "train.weight_decay"])
     assert isinstance(events[-1], Finished)
+
+
+def test_a_run_from_before_a_setting_existed_is_resumed(whole, stopped):
+    new = {"data": ("shuffle", "balance"), "train": ("class_weights",)}
+    contents, written = torch.load(newest(stopped)), json.loads((stopped / "preset.json").read_text())
+    for section, names in new.items():
+        for name in names:
+            del contents["preset"][section][name], written[section][name]
+    torch.save(contents, newest(stopped))
+    (stopped / "preset.json").write_text(json.dumps(written))
+    run(load_preset(stopped / "preset.json"), stopped, resume=True)
+    assert losses(whole) == losses(stopped)
+    assert_equal(weights(whole), weights(stopped))
 
 
 def test_resuming_on_other_images_is_refused(preset, stopped, monkeypatch):
