@@ -18,7 +18,7 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before a remote file is tried again; together well below the time that a worker may take for a batch."""
 MAX_OPEN = 64
 """Local files that a process keeps open to read parts of them."""
-MAX_FILES = 1_000_000
+MAX_FILES = 100_000
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,10 @@ def read_part(path: str, start: int, size: int, *, expected: Version) -> bytes:
         data = remote(path, lambda system, name: system.cat_file(name, start, start + size))
     else:
         with _readable(path):
-            data = os.pread(_kept_open(path, expected).number, size, start)
+            number = _kept_open(path, expected).number
+            if _version(os.fstat(number)) != expected:
+                raise InputError(f"{path} has changed since it was opened", "start again")
+            data = os.pread(number, size, start)
     if len(data) != size:
         raise InputError(
             f"{path} ends after {start + len(data):,} bytes, but {start + size:,} are needed", "copy it again"
@@ -114,10 +117,8 @@ def read_part(path: str, start: int, size: int, *, expected: Version) -> bytes:
 class _Descriptor:
     """An open file, closed when nothing refers to it any more."""
 
-    def __init__(self, path: str, expected: Version) -> None:
+    def __init__(self, path: str, version: Version) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if _version(os.fstat(self.number)) != expected:
-            raise InputError(f"{path} has changed since it was opened", "start again")
 
     def __del__(self) -> None:
         if hasattr(self, "number"):

@@ -295,7 +295,7 @@ def _scan(file: BinaryIO, path: str, length: int, image: str | None, label: str 
             fix = "say which counts: ,label=cls or ,label=FIELD of the JSON" if labels else f"add {key}.cls"
             raise InputError(what, fix)
         images.append(_Image(name, start, size, *labels))
-    unused["labels without an image"] += len(words)
+    unused["unmatched labels"] += len(words)
     return _Shard(images, True, unused)
 
 
