@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,7 +73,7 @@ def as_table(folder: Path, out: Path, *, suffix: str = ".csv") -> str:
         writer.writerow(["path", "label", "split"])
         for split in SPLITS:
             for image in images_of(folder, split):
-                writer.writerow([image.relative_to(out), image.parent.name, split])
+                writer.writerow([os.path.relpath(image, out), image.parent.name, split])
     return f"list:{path}"
 
 
@@ -80,7 +81,8 @@ def as_parquet(folder: Path, out: Path) -> str:
     """As the hub has them: images as bytes, labels as numbers with the names of their classes."""
     import datasets
 
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    names = sorted(path.name for path in (folder / "train").iterdir())
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     for split in SPLITS:
         rows = {
             "image": [{"bytes": image.read_bytes(), "path": None} for image in images_of(folder, split)],

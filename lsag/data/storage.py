@@ -103,10 +103,10 @@ def read_part(path: str, start: int, size: int, *, expected: Version) -> bytes:
         data = remote(path, lambda system, name: system.cat_file(name, start, start + size))
     else:
         with _readable(path):
-            number = _kept_open(path, expected).number
-            if _version(os.fstat(number)) != expected:
+            file = _kept_open(path, expected)  # named, so that it stays open while another thread closes what is old
+            if _version(os.fstat(file.number)) != expected:
                 raise InputError(f"{path} has changed since it was opened", "start again")
-            data = os.pread(number, size, start)
+            data = os.pread(file.number, size, start)
     if len(data) != size:
         raise InputError(
             f"{path} ends after {start + len(data):,} bytes, but {start + size:,} are needed", "copy it again"

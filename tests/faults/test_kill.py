@@ -9,7 +9,9 @@ import time
 import pytest
 
 from lsag import load_checkpoint
+from tests.faults.conftest import undisturbed_run
 from tests.faults.driver import assert_same, result, steps_logged, wait_for_step
+from tests.layouts import LAYOUTS
 from tests.processes import gone
 
 
@@ -89,6 +91,32 @@ def test_killed_at_a_point(server, arguments, undisturbed, tmp_path, point):
     assert "resumed after step" in run.stderr
     assert not list((tmp_path / "run").glob(".step*"))  # what the interrupted write left is gone
     assert_same(result(tmp_path / "run"), undisturbed)
+
+
+def learnt(out):
+    """The result of a run, without what names its data."""
+    found = result(out)
+    state = {key: value for key, value in found["state"].items() if isinstance(value, bytes)}
+    assert len(state) > 50
+    return found | {"state": state}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cut", [["--accum", "2", "--workers", "2"], ["--procs", "2"]], ids=["workers", "ranks"])
+def test_killed_while_images_are_read_from_any_layout(server, arguments, material, tmp_path, layout, cut):
+    if layout == "parquet":
+        pytest.importorskip("datasets")
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "cache")}
+    dataset = ["--dataset", LAYOUTS[layout](material / "data", tmp_path)]
+    run = server.start([*arguments, *dataset, *cut], tmp_path, env | {"LSAG_FAILPOINT": "after_opt:40:kill"})
+    assert run.wait() != 0 and steps_logged(tmp_path / "run") > 0, run.stderr
+    run = server.start([*arguments, *dataset, *cut], tmp_path, env)
+    assert run.wait() == 0 and "resumed after step" in run.stderr, run.stderr
+    (tmp_path / "folder").mkdir()
+    plain = server.start([*undisturbed_run(material), *cut], tmp_path / "folder")
+    assert plain.wait() == 0, plain.stderr
+    assert_same(learnt(tmp_path / "run"), learnt(tmp_path / "folder/run"))
 
 
 FOUR = ["--procs", "4", "--accum", "2"]

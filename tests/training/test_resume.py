@@ -28,6 +28,7 @@ from tests.conftest import (
     stop_after,
     weights,
 )
+from tests.layouts import LAYOUTS
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,19 @@ def test_a_run_that_skips_broken_images_is_resumed_to_the_same_bits(preset, fold
         path.write_bytes(b"broken")
     with pytest.raises(InputError, match="no training image of cat can be read"):
         run(small, folder / "other", skip_broken=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_is_resumed_to_the_same_bits_from_every_layout(preset, folder, monkeypatch, layout):
+    pytest.importorskip("datasets" if layout == "parquet" else "PIL")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr("lsag.data.sources.PACK_BYTES", 0)  # images are read by the workers, when they are needed
+    small = changed(preset, {"data.dataset": "folder", "train.batch_size": 4})
+    run(small, folder / "plain")
+    small = changed(small, {"data.dataset": LAYOUTS[layout](folder, folder)})
+    stop_after(small, folder / "run", 2, workers=2)
+    run(small, folder / "run", resume=True)
+    assert_equal(weights(folder / "run"), weights(folder / "plain"))
 
 
 def test_broken_images_are_listed_also_when_the_training_is_stopped(lsag, folder):
