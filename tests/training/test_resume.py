@@ -25,6 +25,7 @@ from tests.conftest import (
     newest,
     run,
     stop_after,
+    table,
     weights,
 )
 
@@ -201,6 +202,18 @@ def test_torn_logs_are_repaired(tmp_path, preset, whole):
         log.write('{"step": 9999, "loss": 1.0}\n{"step": 10000, "lo')
     run(preset, tmp_path / "run", resume=True)
     assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_the_table_holds_what_the_log_holds(tmp_path, preset):
+    stop_after(preset, tmp_path / "run", 30)
+    (row,) = table(tmp_path / "run")
+    with (tmp_path / "run/metrics.jsonl").open("a") as log:
+        log.write(json.dumps(row | {"epoch": 2}) + "\n")  # of an epoch that was not saved
+    (tmp_path / "run/results.csv").write_text("torn")
+    (tmp_path / "run/.results.csv.abc").touch()
+    stop_after(preset, tmp_path / "run", 31, resume=True)
+    assert table(tmp_path / "run") == [row] == [json.loads((tmp_path / "run/metrics.jsonl").read_text())]
+    assert not (tmp_path / "run/.results.csv.abc").exists()
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path, preset, stopped):
@@ -384,20 +397,6 @@ def test_the_plan_with_a_probe(lsag):
     assert "measured on one device" in done.stdout and "GiB at its peak" in done.stdout
     plan = json.loads(lsag("train", "--dry-run", "--probe", "--device", "cpu", "--json").stdout)
     assert plan["training_seconds"] == pytest.approx(plan["steps"] * plan["step_seconds"])
-
-
-def test_tensorboard_gets_the_figures_of_the_log(lsag, tmp_path):
-    done = lsag("train", *TINY, "--tensorboard", "--out", "run")
-    assert done.returncode == 0, done.stderr
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
-    events.Reload()
-    row = json.loads((tmp_path / "run/metrics.jsonl").read_text())
-    for name in ("train_loss", "eval_loss", "top1", "top5"):
-        (event,) = events.Scalars(f"epoch/{name}")
-        assert (event.step, event.value) == (1, pytest.approx(row[name]))
-    assert events.Scalars("train/lr")[-1].step == 22
 
 
 NAN = float("nan")
