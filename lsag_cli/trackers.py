@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import Literal
 
 from lsag.config import flatten
 from lsag.errors import UnavailableError, UsageError, first_line
@@ -41,7 +40,7 @@ class Tracker(threading.Thread):
         self.started, self.log = started, LOGS[kind]
         self.folder = started.out.resolve()
         self.id = hashlib.blake2b(f"{log_id} {self.folder.name}".encode(), digest_size=8).hexdigest()
-        """Of the run: a copy of its folder under another name is another run."""
+        """The same for each start of a run; a copy of its folder under another name is another run."""
         self.finished = False
         self.events: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
         self.start()
@@ -51,10 +50,11 @@ class Tracker(threading.Thread):
         if self.is_alive():
             self.events.put(event)
 
-    def figures(
-        self, *, after_step: int = 0, after_epoch: int = 0
-    ) -> Iterator[tuple[Literal["train", "epoch"], int, dict[str, float]]]:
-        """Until the training ends: values by name, at a step of the whole run or at an epoch, if that is later."""
+    def figures(self, *, after_step: int = 0, after_epoch: int = 0) -> Iterator[tuple[str, int, dict[str, float]]]:
+        """What the training reports until it ends: "train", a step of the run and values by name, or "epoch" and so on.
+
+        Steps up to `after_step` and epochs up to `after_epoch` are left out.
+        """
         for event in iter(self.events.get, None):
             if isinstance(event, Step):
                 step = (event.epoch - 1) * self.started.steps_per_epoch + event.step
@@ -72,7 +72,7 @@ class Tracker(threading.Thread):
 
 
 def log_to_tensorboard(tracker: Tracker) -> None:
-    """What an earlier start wrote of steps after the one that is resumed is dropped."""
+    """A run that is resumed drops what was written of later steps."""
     from torch.utils.tensorboard import SummaryWriter
 
     first_step = tracker.started.first_step
@@ -146,7 +146,9 @@ def chosen(kinds: Iterable[str]) -> tuple[str, ...]:
         return ()
     for name in names:
         if name not in LOGS:
-            raise UsageError(f"--log-to cannot be {name} here", f"choose from {', '.join(LOGS)}; or none, alone")
+            raise UsageError(
+                f"--log-to '{name}' is not possible here", f"choose from {', '.join(LOGS)}; or none, alone"
+            )
     return names
 
 

@@ -204,16 +204,15 @@ def test_torn_logs_are_repaired(tmp_path, preset, whole):
     assert losses(tmp_path / "run") == losses(whole)
 
 
-def test_the_table_holds_what_the_log_holds(tmp_path, preset):
-    stop_after(preset, tmp_path / "run", 30)
-    (row,) = table(tmp_path / "run")
-    with (tmp_path / "run/metrics.jsonl").open("a") as log:
-        log.write(json.dumps(row | {"epoch": 2}) + "\n")  # of an epoch that was not saved
-    (tmp_path / "run/results.csv").write_text("torn")
-    (tmp_path / "run/.results.csv.abc").touch()
-    stop_after(preset, tmp_path / "run", 31, resume=True)
-    assert table(tmp_path / "run") == [row] == [json.loads((tmp_path / "run/metrics.jsonl").read_text())]
-    assert not (tmp_path / "run/.results.csv.abc").exists()
+def test_a_resumed_run_has_the_table_of_its_log(preset, whole, stopped):
+    """Both lose the epochs that were not saved before the run was killed in its first one."""
+    assert table(whole) == [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    for name in ("metrics.jsonl", "results.csv"):
+        shutil.copy(whole / name, stopped)
+    (stopped / ".results.csv.abc").touch()
+    stop_after(preset, stopped, 6, resume=True)
+    assert table(stopped) == [] and not (stopped / "metrics.jsonl").read_text()
+    assert not (stopped / ".results.csv.abc").exists()
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path, preset, stopped):
