@@ -39,7 +39,7 @@ class Tracker(threading.Thread):
         super().__init__(name=kind, daemon=True)
         self.started, self.log = started, LOGS[kind]
         self.folder = started.out.resolve()
-        self.id = hashlib.blake2b(f"{log_id} {self.folder.name}".encode(), digest_size=8).hexdigest()
+        self.id = hashlib.blake2b(os.fsencode(f"{log_id} {self.folder.name}"), digest_size=8).hexdigest()
         """The same for each start of a run; a copy of its folder under another name is another run."""
         self.finished = False
         self.events: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()

@@ -250,6 +250,6 @@ def test_a_tracker_that_hangs_is_left_behind(started, monkeypatch, caplog):
 
 def test_a_copy_under_another_name_is_another_run(started, tmp_path, monkeypatch):
     monkeypatch.setitem(trackers.LOGS, "wandb", lambda tracker: None)
-    same, moved = tmp_path / "elsewhere/mine", tmp_path / "other"
+    same, moved = tmp_path / "elsewhere/mine", tmp_path / "no UTF-8: \udcff"
     ids = [Tracker("wandb", replace(started, out=out), "0").id for out in (started.out, same, moved)]
     assert ids[0] == ids[1] != ids[2] and Tracker("wandb", started, "1").id not in ids
