@@ -8,12 +8,13 @@ from lsag.errors import OutputError
 
 RUNS = Path("runs")
 """Where runs are made when nothing else is asked for."""
-LOCK, PRESET, OPTIONS, STEPS, METRICS, CURVES, BROKEN, BEST = (
+LOCK, PRESET, OPTIONS, STEPS, METRICS, RESULTS, CURVES, BROKEN, BEST = (
     ".lock",
     "preset.json",
     "options.json",
     "steps.jsonl",
     "metrics.jsonl",
+    "results.csv",
     "curves.png",
     "broken.txt",
     "best.pt",
@@ -67,5 +68,5 @@ def _is_ours(name: str) -> bool:
 def is_temporary(name: str) -> bool:
     """Whether an interrupted write leaves a file of this name."""
     return name.startswith(
-        (".step-", *(f".{file}." for file in (BEST, PRESET, OPTIONS, STEPS, METRICS, CURVES, BROKEN)))
+        (".step-", *(f".{file}." for file in (BEST, PRESET, OPTIONS, STEPS, METRICS, RESULTS, CURVES, BROKEN)))
     )

@@ -35,6 +35,7 @@ from lsag_cli.flops import flops, presets
 from lsag_cli.predict import predict
 from lsag_cli.push import push
 from lsag_cli.reproduce import reproduce
+from lsag_cli.trackers import stuck
 from lsag_cli.train import train
 
 MAX_ERROR = 380
@@ -107,7 +108,7 @@ def main() -> None:
         code = code or fail(f"cannot write to stdout: {error.strerror}", "free space or choose another place", 6)
     if code in (6, 128 + signal.SIGPIPE):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try to flush it again
-    if launched() or (code and "RANK" in os.environ):
+    if launched() or stuck() or (code and "RANK" in os.environ):
         leave(code)
     sys.exit(code)
 

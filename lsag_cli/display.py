@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lsag_cli.output import is_terminal, mega, note, percent, stderr
 
@@ -20,7 +20,7 @@ LINE_SECONDS = 60
 class Display:
     """Progress of a training on stderr: a live bar on a terminal, else a plain line for each epoch and each minute."""
 
-    def __init__(self, started: "Started", *, tensorboard: bool) -> None:
+    def __init__(self, started: "Started") -> None:
         self.epochs, self.steps = started.preset.train.epochs, started.steps_per_epoch
         self.begin, self.first_step, self.accuracy = time.monotonic(), started.first_step, "-"
         self.next_line = self.begin + LINE_SECONDS
@@ -35,7 +35,6 @@ class Display:
         )
         for line in started.notes:
             note(line)
-        self.writer = tensorboard_writer(started) if tensorboard else None
         self.bar = None
         if is_terminal(sys.stderr):
             from rich.progress import BarColumn, Progress, TextColumn
@@ -66,9 +65,6 @@ class Display:
         elif time.monotonic() > self.next_line:
             note("  ".join(parts.values()))
             self.next_line = time.monotonic() + LINE_SECONDS
-        if self.writer:
-            for name in ("loss", "lr", "images_per_second", "data_wait"):
-                self.writer.add_scalar(f"train/{name}", getattr(event, name), done)
 
     def epoch(self, event: "Epoch") -> None:
         self.accuracy = percent(event.top1)
@@ -81,9 +77,6 @@ class Display:
         else:
             note(f"{line}  data wait {100 * event.data_wait:.0f} %  {self.left(event.epoch * self.steps)} left")
             self.next_line = time.monotonic() + LINE_SECONDS
-        if self.writer:
-            for name in ("train_loss", "eval_loss", "top1", "top5"):
-                self.writer.add_scalar(f"epoch/{name}", getattr(event, name), event.epoch)
 
     def left(self, steps_done: int) -> str:
         """The time that remains at the speed so far."""
@@ -93,15 +86,6 @@ class Display:
     def close(self) -> None:
         if self.bar:
             self.bar.stop()
-        if self.writer:
-            self.writer.close()
-
-
-def tensorboard_writer(started: "Started") -> Any:
-    """A SummaryWriter for the run; it drops what was written of steps after the one that is resumed."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(started.out / "tensorboard", purge_step=started.first_step or None)
 
 
 def counted(number: int, noun: str) -> str:

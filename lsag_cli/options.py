@@ -10,6 +10,7 @@ import typer
 
 from lsag import config
 from lsag.config import Preset, parse_dataset, parse_overrides
+from lsag.distributed.launch import launched
 from lsag.errors import OutputError, UsageError
 from lsag.inference import providers
 from lsag.inference.providers import check_model
@@ -113,7 +114,8 @@ def renamed(value: T | None, old: str, new: str, default: T) -> T:
         return default
     if any(word.partition("=")[0] == new.split()[0] for word in sys.argv):
         raise UsageError(f"{old} is now {new}, and both were given", f"remove {old}")
-    note(f"{old} is now {new}")
+    if os.environ.get("RANK", "0") == "0" and not launched():  # one of several processes says it
+        note(f"{old} is now {new}")
     return value
 
 

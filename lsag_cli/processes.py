@@ -2,9 +2,10 @@
 
 import hashlib
 import os
+import secrets
 import subprocess
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -24,7 +25,9 @@ class TrainCommand(TrainOptions):
     nodes: Annotated[int, Field(ge=1)] = 1
     rdzv_endpoint: str | None = None
     max_restarts: Annotated[int, Field(ge=0)] = 0
-    tensorboard: bool = False
+    log_to: tuple[Literal["wandb", "mlflow", "tensorboard"], ...] = ()
+    log_id: str = Field(default_factory=lambda: secrets.token_hex(8))
+    """By which trackers know the run again when it is resumed."""
 
     NOT_KEPT = TrainOptions.NOT_KEPT | {"nodes", "rdzv_endpoint"}
 

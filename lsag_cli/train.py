@@ -1,7 +1,6 @@
 """lsag train"""
 
 import contextlib
-import importlib.util
 import itertools
 import logging
 import shlex
@@ -16,10 +15,11 @@ import typer
 
 from lsag.config import DATASETS, Precision, Preset, default_data_dir, parse_overrides
 from lsag.distributed.launch import MEETING_SECONDS
-from lsag.errors import InputError, InterruptedByUserError, UnavailableError, UsageError
+from lsag.errors import InputError, InterruptedByUserError, UsageError
 from lsag.files import writing
 from lsag.presets import for_fine_tuning
-from lsag.runs import BEST, PRESET, RUNS, newest_run, step_files
+from lsag.runs import BEST, CURVES, METRICS, PRESET, RESULTS, RUNS, newest_run, step_files
+from lsag_cli import trackers
 from lsag_cli.display import Display, counted, duration
 from lsag_cli.options import (
     DataDir,
@@ -33,6 +33,7 @@ from lsag_cli.options import (
     Workers,
     loading,
     read_preset,
+    renamed,
 )
 from lsag_cli.output import note, percent, print_json, say
 from lsag_cli.plan import count_images, show_plan
@@ -83,9 +84,14 @@ def train(
     probe: Annotated[
         bool, typer.Option("--probe", help="With --dry-run: time a few steps on synthetic images.")
     ] = False,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard/--no-tensorboard", help="Also log for TensorBoard, in RUN/tensorboard.")
-    ] = False,
+    log_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="wandb|mlflow|tensorboard|none",
+            help="Also log to an experiment tracker; repeatable. A resumed run does so again; none ends that.",
+        ),
+    ] = None,
+    tensorboard: Annotated[bool | None, typer.Option("--tensorboard/--no-tensorboard", hidden=True)] = None,
     as_json: Json = False,
     resume: Annotated[
         bool,
@@ -191,17 +197,22 @@ def train(
     start = checkpoint_preset(init_from) if init_from and not preset else None
     notes: list[str] = []
     resolved = read_preset(start or preset or DEFAULT_PRESET, changes, dataset, model, notes)
+    if tensorboard is not None:
+        name, old = ("tensorboard", "--tensorboard") if tensorboard else ("none", "--no-tensorboard")
+        log_to = renamed([name], old, f"--log-to {name}", log_to)
     given = {name: value for name, value in context.params.items() if name in TrainCommand.model_fields}
     given |= {
         "out": out or RUNS / f"{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
         "data_dir": data_dir or default_data_dir(resolved.data.dataset),
         "allow_change": allow_change or (),
+        "log_to": trackers.chosen(log_to or ()),
     }
     if resolved.data.dataset not in DATASETS and "model.num_classes" in parse_overrides(changes):
         raise UsageError("images of your own have their number of classes", "remove --set model.num_classes")
     options = TrainCommand(**given)
     if resume:
-        options = options.with_kept(given_on_the_command_line(context))
+        renamed_ones = {"log_to"} if tensorboard is not None else set()
+        options = options.with_kept(given_on_the_command_line(context) | renamed_ones)
     check(options, named=bool(out), probe=probe, dry_run=dry_run)
     device, processes = place(options.gpus, options.device, options.procs, planned=dry_run)
     options = options.model_copy(update={"device": device})
@@ -253,8 +264,7 @@ def check(options: TrainCommand, *, named: bool, dry_run: bool, probe: bool) -> 
         raise UsageError("several machines need --nodes, --rdzv-endpoint and --out, all three", "see docs/cluster.md")
     if probe and not dry_run:
         raise UsageError("--probe is for --dry-run", "add --dry-run")
-    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UnavailableError("the package tensorboard is not installed", "pip install 'lsag[tensorboard]'")
+    trackers.check_installed(options.log_to)
 
 
 def given_on_the_command_line(context: typer.Context) -> set[str]:
@@ -295,23 +305,28 @@ def checkpoint_preset(path: Path) -> Preset:
 def follow(preset: Preset, options: TrainCommand, *, notes: list[str], main: bool) -> "Finished | None":
     """Train in this process; the `main` rank shows `notes` and the progress, and gets the end."""
     with loading():
+        if main:
+            trackers.load(options.log_to)
         from lsag.training.events import Epoch, Finished, Started, Step
         from lsag.training.loop import train as run
-
     logging.basicConfig(level=logging.WARNING if main else logging.ERROR, handlers=[NoteHandler()])
     display: Display | None = None
+    logs: list[trackers.Tracker] = []
     finished = None
     try:
         for event in run(preset, options):
             if isinstance(event, Started) and main:
                 event = replace(event, notes=(*notes, *event.notes))
-                display = Display(event, tensorboard=options.tensorboard)
+                display = Display(event)
+                logs = [trackers.Tracker(name, event, options.log_id) for name in options.log_to]
             elif isinstance(event, Step) and display:
                 display.step(event)
             elif isinstance(event, Epoch) and display:
                 display.epoch(event)
             elif isinstance(event, Finished) and main:
                 finished = event
+            for log in logs:
+                log.add(event)
     except KeyboardInterrupt:
         if display is None:
             raise InterruptedByUserError("interrupted before the training started") from None
@@ -321,6 +336,7 @@ def follow(preset: Preset, options: TrainCommand, *, notes: list[str], main: boo
     finally:
         if display:
             display.close()
+        trackers.close(logs, finished=finished is not None)
     return finished
 
 
@@ -341,7 +357,8 @@ def show_result(finished: "Finished", preset: Preset, *, data_dir: Path, as_json
     say(f"best top-1  {best} (epoch {finished.best_epoch}), total time {total}")
     if finished.epochs < preset.train.epochs:
         say(f"ended after epoch {finished.epochs}: no better top-1 in {counted(preset.train.patience, 'epoch')}")
-    say(f"everything is in {finished.out}: best.pt, curves.png, metrics.jsonl, and checkpoints to resume from")
+    files = ", ".join((BEST, CURVES, RESULTS, METRICS))
+    say(f"everything is in {finished.out}: {files}, and checkpoints to resume from")
     for command in next_steps:
         say(f"next: {command}")
 

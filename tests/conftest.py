@@ -1,5 +1,6 @@
 """Fixtures: small presets, the material beside a checkout where it is present, and a run of the command line."""
 
+import csv
 import json
 import os
 import shutil
@@ -133,6 +134,12 @@ def weights(out: Path) -> dict[str, Tensor]:
 def losses(out: Path) -> list[float | None]:
     """Of each step of a run."""
     return [json.loads(line)["loss"] for line in (out / "steps.jsonl").read_text().splitlines()]
+
+
+def table(out: Path) -> list[dict[str, Any]]:
+    """The rows of a run's results.csv."""
+    with (out / "results.csv").open(newline="") as file:
+        return [{key: json.loads(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 def assert_equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:

@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 def train(preset: Preset, options: TrainOptions) -> Iterator[Progress]:
     """Train `preset` on its dataset, evaluating after each epoch.
 
-    Writes preset.json, options.json, metrics.jsonl, steps.jsonl, curves.png, best.pt and the last three checkpoints to
-    the run folder: before the first step, at intervals, at the end, and when a signal asks for it. The batch is cut
-    over the processes of the world that this one is part of (torchrun's variables).
+    Writes preset.json, options.json, metrics.jsonl, results.csv, steps.jsonl, curves.png, best.pt and the last three
+    checkpoints to the run folder: before the first step, at intervals, at the end, and when a signal asks for it. The
+    batch is cut over the processes of the world that this one is part of (torchrun's variables).
 
     Yields Started once, then Steps and Epochs, then Finished. Raises the errors of lsag.errors; CheckError for losses
     that are not finite; TerminatedError or InterruptedByUserError after a signal, once the run is saved.

@@ -1,11 +1,13 @@
 """A run as the loop sees it: what is kept of a training, and when. Rank 0 has a Run, the other ranks a NoRun."""
 
 import contextlib
+import csv
+import io
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from lsag.distributed.world import World
 from lsag.errors import OutputError
 from lsag.files import read_bytes, replacing, write_checked
 from lsag.plots import draw_curves
-from lsag.runs import BEST, BROKEN, CURVES, OPTIONS, PRESET, check_run_folder
+from lsag.runs import BEST, BROKEN, CURVES, OPTIONS, PRESET, RESULTS, check_run_folder
 from lsag.training.events import Epoch
 from lsag.training.folder import RunFolder
 from lsag.training.options import TrainOptions
@@ -64,6 +66,7 @@ class Run(NoRun):
         """Step and epoch of the last checkpoint."""
         self.fresh = True
         self.curves_drawn = -math.inf
+        self.warned = False
         self._schedule()
 
     @property
@@ -93,6 +96,7 @@ class Run(NoRun):
                 file.write(content)
         if self.fresh:
             self.folder.save(state.checkpoint(), 0)
+        self._show(self._write_results)
         self.saved_at = position.step, position.epoch
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -130,7 +134,7 @@ class Run(NoRun):
             logger.warning("broken training images that others replaced: %d, listed in %s", len(lines), path)
 
     def finish_epoch(self, state: State, summary: Epoch) -> None:
-        """Log the epoch, keep the best model, save if it is time or the last epoch, and draw the curves."""
+        """Log the epoch, keep the best model, save if it is time or the last epoch, and show the epochs so far."""
         self.history.append(asdict(summary))
         self.folder.epochs.add(self.history[-1])
         last = state.finished
@@ -141,8 +145,10 @@ class Run(NoRun):
         if last or self.save_due:
             self.save(state)
         self.flush()
+        self._show(self._write_results)
         if last or time.monotonic() - self.curves_drawn > CURVES_SECONDS:
-            self._draw_curves(state.preset.name)
+            self._show(lambda: draw_curves(self.history, self.options.out / CURVES, title=state.preset.name))
+            self.curves_drawn = time.monotonic()
 
     def _persist(self, write: Callable[[], object]) -> None:
         """Write, and if that fails, try again for a while: disks are emptied, mounts come back."""
@@ -168,13 +174,23 @@ class Run(NoRun):
     def _schedule(self) -> None:
         self.next_save = time.monotonic() + 60 * self.options.save_minutes
 
-    def _draw_curves(self, title: str) -> None:
-        """Draw the curves; a failure to do so stops no training."""
+    def _write_results(self) -> None:
+        """Write the rows of metrics.jsonl as a table."""
+        table = io.StringIO()
+        writer = csv.DictWriter(table, [field.name for field in fields(Epoch)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        with replacing(self.options.out / RESULTS) as file:
+            file.write(table.getvalue().encode())
+
+    def _show(self, write: Callable[[], object]) -> None:
+        """Write what only shows the logs; a failure to do so stops no training, and is told once."""
         try:
-            draw_curves(self.history, self.options.out / CURVES, title=title)
+            write()
         except OutputError as error:
-            logger.warning("%s", error.what)
-        self.curves_drawn = time.monotonic()
+            if not self.warned:
+                logger.warning("%s", error.what)
+            self.warned = True
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def test_help_imports_no_torch(lsag):
 def test_train_says_where_everything_is_and_what_comes_next(trained):
     folder, done = trained
     assert re.search(r"best top-1  \d+\.\d\d %", done.stdout)
-    assert "everything is in runs/first: best.pt, curves.png, metrics.jsonl" in done.stdout
+    assert "everything is in runs/first: best.pt, curves.png, results.csv, metrics.jsonl" in done.stdout
     assert "next: lsag eval runs/first/best.pt\n" in done.stdout
     assert "epoch 1/1  loss" in done.stderr and "\r" not in done.stderr and "\x1b" not in done.stderr
     assert (folder / "runs/first/curves.png").exists()

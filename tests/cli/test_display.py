@@ -92,7 +92,7 @@ def test_the_progress_line_keeps_the_time_left(terminal, monkeypatch, width):
         slice_size=128,
         notes=(),
     )
-    display = Display(started, tensorboard=False)
+    display = Display(started)
     try:
         display.accuracy = "90.12 %"
         display.step(

@@ -29,7 +29,7 @@ from lsag.training.events import Epoch, Started, Step
 from lsag.training.loop import train
 from lsag.training.options import TrainOptions
 from lsag.training.step import TrainStep, make_mixup
-from tests.conftest import ABLATIONS, changed, losses, newest, run, small_config
+from tests.conftest import ABLATIONS, changed, losses, newest, run, small_config, table
 
 
 @pytest.fixture
@@ -49,12 +49,14 @@ def test_a_run_leaves_what_it_promises(tmp_path, two_epochs):
         "metrics.jsonl",
         "options.json",
         "preset.json",
+        "results.csv",
         "step-0000000000.pt",
         "step-0000000044.pt",
         "steps.jsonl",
     ]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2] == [event.epoch for event in epochs]
+    assert table(tmp_path / "run") == rows
     assert rows[1]["train_loss"] < rows[0]["train_loss"]
     assert rows[1]["step"] == 2 * (1437 // 64)
     assert load_preset(tmp_path / "run/preset.json") == two_epochs
@@ -68,6 +70,15 @@ def test_a_run_leaves_what_it_promises(tmp_path, two_epochs):
     # The checkpoint alone gives back the figures of the run.
     again = evaluate_file(newest(tmp_path / "run"), data_dir=tmp_path, device="cpu")
     assert again.metrics.top1 == rows[1]["top1"] and again.metrics.loss == pytest.approx(rows[1]["eval_loss"], rel=1e-5)
+
+
+def test_a_table_that_cannot_be_written_stops_nothing(tmp_path, two_epochs, caplog):
+    going = train(two_epochs, TrainOptions(data_dir=tmp_path, out=tmp_path / "run", device="cpu", precision="fp32"))
+    next(going)
+    (tmp_path / "run/results.csv").unlink()
+    (tmp_path / "run/results.csv").mkdir()
+    assert list(going)[-1].epochs == 2
+    assert caplog.text.count("results.csv") == 1 and len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])

@@ -26,6 +26,7 @@ from tests.conftest import (
     newest,
     run,
     stop_after,
+    table,
     weights,
 )
 from tests.layouts import LAYOUTS
@@ -231,6 +232,17 @@ def test_torn_logs_are_repaired(tmp_path, preset, whole):
     assert losses(tmp_path / "run") == losses(whole)
 
 
+def test_a_resumed_run_has_the_table_of_its_log(preset, whole, stopped):
+    """Both lose the epochs that were not saved before the run was killed in its first one."""
+    assert table(whole) == [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    for name in ("metrics.jsonl", "results.csv"):
+        shutil.copy(whole / name, stopped)
+    (stopped / ".results.csv.abc").touch()
+    stop_after(preset, stopped, 6, resume=True)
+    assert table(stopped) == [] and not (stopped / "metrics.jsonl").read_text()
+    assert not (stopped / ".results.csv.abc").exists()
+
+
 def test_resuming_with_other_settings_is_refused(tmp_path, preset, stopped):
     with pytest.raises(OutputError, match=r"holds a run — resume it with --resume"):
         run(preset, stopped)
@@ -428,20 +440,6 @@ def test_the_plan_with_a_probe(lsag):
     assert "measured on one device" in done.stdout and "GiB at its peak" in done.stdout
     plan = json.loads(lsag("train", "--dry-run", "--probe", "--device", "cpu", "--json").stdout)
     assert plan["training_seconds"] == pytest.approx(plan["steps"] * plan["step_seconds"])
-
-
-def test_tensorboard_gets_the_figures_of_the_log(lsag, tmp_path):
-    done = lsag("train", *TINY, "--tensorboard", "--out", "run")
-    assert done.returncode == 0, done.stderr
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
-    events.Reload()
-    row = json.loads((tmp_path / "run/metrics.jsonl").read_text())
-    for name in ("train_loss", "eval_loss", "top1", "top5"):
-        (event,) = events.Scalars(f"epoch/{name}")
-        assert (event.step, event.value) == (1, pytest.approx(row[name]))
-    assert events.Scalars("train/lr")[-1].step == 22
 
 
 NAN = float("nan")
