@@ -1,6 +1,7 @@
 """Options shared by several commands."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
