@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
@@ -132,6 +133,7 @@ def open_streams() -> None:
 
 def run() -> int:
     """Run the command in argv; its exit code. An error has been reported by then."""
+    logging.basicConfig(level=logging.WARNING, handlers=[output.NoteHandler()])
     try:
         Path.cwd()
     except OSError:

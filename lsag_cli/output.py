@@ -6,6 +6,7 @@ All text goes through `visible`, since names of classes, presets and files may c
 import contextlib
 import io
 import json
+import logging
 import os
 import sys
 import textwrap
@@ -28,6 +29,14 @@ json_printed = False
 
 class ReaderGoneError(Exception):
     """The reader of stdout is gone. Not an OSError, for which rich and typer would exit with 1."""
+
+
+class NoteHandler(logging.Handler):
+    """Shows a warning of the library as a line on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("lsag"):
+            note(f"lsag: {record.getMessage()}")
 
 
 def say(*lines: str) -> None:

@@ -309,7 +309,8 @@ def follow(preset: Preset, options: TrainCommand, *, notes: list[str], main: boo
             trackers.load(options.log_to)
         from lsag.training.events import Epoch, Finished, Started, Step
         from lsag.training.loop import train as run
-    logging.basicConfig(level=logging.WARNING if main else logging.ERROR, handlers=[NoteHandler()])
+    if not main:
+        logging.getLogger().setLevel(logging.ERROR)
     display: Display | None = None
     logs: list[trackers.Tracker] = []
     finished = None
@@ -361,11 +362,3 @@ def show_result(finished: "Finished", preset: Preset, *, data_dir: Path, as_json
     say(f"everything is in {finished.out}: {files}, and checkpoints to resume from")
     for command in next_steps:
         say(f"next: {command}")
-
-
-class NoteHandler(logging.Handler):
-    """Shows a warning of the library as a line on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.name.startswith("lsag"):
-            note(f"lsag: {record.getMessage()}")
