@@ -76,7 +76,8 @@ class Data:
                 try:
                     images.source.load(index)
                 except InputError as error:
-                    found.append(f"{name}: {error.what.removeprefix(f'cannot read image {name}: ')}")
+                    where = Path(name).absolute() if Path(name).exists() else name
+                    found.append(f"{where}: {error.what.removeprefix(f'cannot read image {name}: ')}")
         return found
 
 
@@ -149,7 +150,7 @@ def _open(preset: Preset, options: TrainOptions, *, first: bool) -> tuple[Source
     train, evaluation = (
         open_split(
             preset.data.dataset,
-            Path(options.data_dir).absolute(),
+            Path(options.data_dir),
             train=train,
             mode=preset.image_mode,
             download=options.download and first,
