@@ -246,17 +246,23 @@ class AugmentConfig(Frozen):
 
 
 class TrainConfig(Frozen):
-    """The optimisation: AdamW, linear warm-up, cosine (section 3.3). Learning rates are for a batch of 512 images."""
+    """The optimisation: AdamW, linear warm-up, cosine (section 3.3)."""
 
     epochs: Positive = 300
     batch_size: Positive
     """Images per optimizer step, over all devices."""
     lr: PositiveReal = 5e-4
+    """The peak of the learning rate for a batch of 512 images: it is multiplied by batch_size / 512."""
     warmup_lr: NonNegative = 1e-6
+    """The learning rate of the first step, at most the peak."""
     min_lr: NonNegative = 1e-5
+    """The learning rate after the last step, at most the peak."""
+    lr_scaling: Literal["peak", "all"] = "peak"
+    """Whether batch_size / 512 scales the peak alone, as in DeiT, or warmup_lr and min_lr too."""
     warmup_epochs: NonNegative = 5
     weight_decay: NonNegative = 0.05
-    clip_grad: PositiveReal = 5.0
+    clip_grad: NonNegative = 5.0
+    """Norm to which larger gradients are scaled down; 0: they are left as they are."""
     ema_decay: BelowOne = 0.0
     """Decay of the moving average of the weights, which is then evaluated and saved as the model; 0 disables it."""
     freeze: NonNegativeInteger = 0
@@ -268,9 +274,22 @@ class TrainConfig(Frozen):
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
 
     @property
-    def lr_scale(self) -> float:
-        """The factor of the learning rates for this batch size."""
-        return self.batch_size / 512
+    def learning_rates(self) -> tuple[float, float, float]:
+        """The learning rates of the first step, at the peak and after the last step, for this batch size."""
+        scale = self.batch_size / 512
+        peak = self.lr * scale
+        if self.lr_scaling == "all":
+            return self.warmup_lr * scale, peak, self.min_lr * scale
+        return min(self.warmup_lr, peak), peak, min(self.min_lr, peak)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scales_as_when_it_was_written(cls, fields: Any) -> Any:
+        """Runs and checkpoints list every setting. Those without `lr_scaling` are older than it: they scaled all."""
+        listed = {"epochs", "batch_size", "lr", "warmup_lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad"}
+        if isinstance(fields, dict) and fields.keys() >= listed | {"seed"}:
+            return {"lr_scaling": "all"} | fields
+        return fields
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:

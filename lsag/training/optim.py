@@ -14,14 +14,14 @@ from lsag.config import TrainConfig
 def lr_at(step: int, *, train: TrainConfig, steps_per_epoch: int) -> float:
     """The learning rate of optimizer step `step`, counted from 0: linear warm-up, then cosine to the end.
 
-    Rates are scaled by batch_size / 512. The cosine starts where the warm-up ends; min_lr follows the last step.
+    The cosine starts where the warm-up ends; min_lr follows the last step.
     """
-    scale = train.lr_scale
+    first, peak, last = train.learning_rates
     warmup, total = train.warmup_epochs * steps_per_epoch, train.epochs * steps_per_epoch
     if step < warmup:
-        return scale * (train.warmup_lr + (train.lr - train.warmup_lr) * step / warmup)
+        return first + (peak - first) * step / warmup
     progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return scale * (train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * progress)) / 2)
+    return last + (peak - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:

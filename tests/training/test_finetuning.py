@@ -103,7 +103,8 @@ def test_the_recipe_of_a_checkpoint_is_fitted_to_few_images():
     trained = load_preset("cifar-tiny")  # batches of 736 with mixup, a peak of 7.2e-4
     preset, notes = for_fine_tuning(trained, trained.train, given=(), num_images=1_000, num_slices=3)
     assert preset.train.batch_size == 96  # ten steps, cut into 3 slices of even size
-    assert preset.train.lr * preset.train.lr_scale == pytest.approx(5e-4 * 736 / 512 / 10)
+    rates = preset.train.learning_rates
+    assert rates == pytest.approx([rate / 10 for rate in trained.train.learning_rates])
     assert notes[0] == "epochs: 300, as the checkpoint was trained; change it with --epochs"
     assert notes[1] == "batches of 96 instead of 736, because there are 1,000 images"
     assert notes[2].startswith("peak learning rate 7.19e-05, a tenth of the checkpoint's")

@@ -9,20 +9,29 @@ from tests.conftest import ABLATIONS, small_config
 
 def test_learning_rate_of_the_recipe():
     train, steps = load_preset("cifar-tiny").train, 67
-    scale = 736 / 512
+    peak_lr = 5e-4 * 736 / 512
 
     def lr(step):
         return lr_at(step, train=train, steps_per_epoch=steps)
 
-    assert lr(0) == pytest.approx(1e-6 * scale)
-    assert lr(5 * steps) == pytest.approx(5e-4 * scale)
+    assert lr(0) == pytest.approx(1e-6)
+    assert lr(5 * steps) == pytest.approx(peak_lr)
     middle = 5 * steps + (295 * steps) // 2
-    assert lr(middle) == pytest.approx((5e-4 + 1e-5) / 2 * scale, rel=1e-3)
-    assert lr(300 * steps) == pytest.approx(1e-5 * scale)
+    assert lr(middle) == pytest.approx((peak_lr + 1e-5) / 2, rel=1e-3)
+    assert lr(300 * steps) == pytest.approx(1e-5)
     rates = [lr(step) for step in range(300 * steps)]
     peak = rates.index(max(rates))
     assert peak == 5 * steps
     assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_the_batch_scales_the_peak_or_all_rates():
+    train = load_preset("cifar-base").train  # batches of 160
+    assert train.learning_rates == pytest.approx((1e-6, 5e-4 * 160 / 512, 1e-5))
+    every = TrainConfig(batch_size=160, lr_scaling="all")
+    assert every.learning_rates == pytest.approx((1e-6 * 160 / 512, 5e-4 * 160 / 512, 1e-5 * 160 / 512))
+    few = TrainConfig(batch_size=4)  # the rates never rise after the warm-up
+    assert few.learning_rates == pytest.approx((1e-6, 5e-4 * 4 / 512, 5e-4 * 4 / 512))
 
 
 def test_without_warm_up_the_cosine_starts_at_once():
