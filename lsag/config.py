@@ -38,6 +38,7 @@ Positive = Annotated[Integer, Field(gt=0, le=10_000_000)]
 Size = Annotated[Integer, Field(gt=0, le=16_384)]
 NonNegativeInteger = Annotated[Integer, Field(ge=0, le=16_384)]
 NonNegative = Annotated[Real, Field(ge=0)]
+Flag = Annotated[bool, Strict()]
 Probability = Annotated[Real, Field(ge=0, le=1)]
 BelowOne = Annotated[Real, Field(ge=0, lt=1)]
 PositiveReal = Annotated[Real, Field(gt=0)]
@@ -116,6 +117,8 @@ class ModelConfig(Frozen):
     """The first block: the paper's local one, a global one like the rest, Swin's, or CvT's with its embedding."""
     mlp_ratio: Annotated[Real, Field(ge=0.1, le=100)] = 4.0
     drop_path: BelowOne = 0.1
+    drop_path_by_depth: Literal["constant", "linear"] = "constant"
+    """Whether all blocks have that rate, as in the release, or it grows from 0 to that of the last one, as in DeiT."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -165,6 +168,12 @@ class ModelConfig(Frozen):
         for _ in self.stages[1:]:
             sides.append(math.ceil(sides[-1] / 2))
         return tuple(sides)
+
+    def drop_path_at(self, index: int) -> float:
+        """The drop-path rate of a block, counted from 0 over all stages."""
+        if self.drop_path_by_depth == "constant":
+            return self.drop_path
+        return self.drop_path * index / max(sum(stage.depth for stage in self.stages) - 1, 1)
 
 
 class TimmConfig(Frozen):
@@ -259,8 +268,13 @@ class TrainConfig(Frozen):
     """The learning rate after the last step, at most the peak."""
     lr_scaling: Literal["peak", "all"] = "peak"
     """Whether batch_size / 512 scales the peak alone, as in DeiT, or warmup_lr and min_lr too."""
+    lr_schedule: Literal["step", "epoch"] = "step"
+    """A rate for each step, and a cosine from the end of the warm-up; or DeiT's: a rate for each epoch, one epoch late,
+    and a cosine that counts from the beginning."""
     warmup_epochs: NonNegative = 5
     weight_decay: NonNegative = 0.05
+    decay_positions: Flag = False
+    """Decay all matrices, also position embeddings and what else a network asks to spare, as the release does."""
     clip_grad: NonNegative = 5.0
     """Norm to which larger gradients are scaled down; 0: they are left as they are."""
     ema_decay: BelowOne = 0.0

@@ -59,8 +59,10 @@ class Stage(nn.Module):
             self.pos = nn.Parameter(torch.zeros(config.grid_sizes[index] ** 2, stage.embed_dim))
         self.norm1 = nn.LayerNorm(stage.embed_dim, eps=NORM_EPS)
         self.norm2 = nn.LayerNorm(stage.embed_dim, eps=NORM_EPS)
+        below = sum(stage.depth for stage in config.stages[:index])
+        own = [config.model_copy(update={"drop_path": config.drop_path_at(below + i)}) for i in range(stage.depth)]
         self.blocks = nn.ModuleList(
-            Block(config, stage, GlobalAttention(stage)) if index or depth else _first_block(config, stage)
+            Block(own[depth], stage, GlobalAttention(stage)) if index or depth else _first_block(own[0], stage)
             for depth in range(stage.depth)
         )
 

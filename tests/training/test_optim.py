@@ -1,5 +1,6 @@
 import pytest
 import torch
+from timm.scheduler import CosineLRScheduler
 
 from lsag import LSAG, load_preset
 from lsag.config import TrainConfig
@@ -34,6 +35,19 @@ def test_the_batch_scales_the_peak_or_all_rates():
     assert few.learning_rates == pytest.approx((1e-6, 5e-4 * 4 / 512, 5e-4 * 4 / 512))
 
 
+@pytest.mark.parametrize("name", ["cifar-base-release", "in1k-small-release"])
+def test_a_rate_for_each_epoch_is_deit_s(name):
+    train, steps = load_preset(name).train, 7
+    first, peak, last = train.learning_rates
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    theirs = CosineLRScheduler(optimizer, train.epochs, last, warmup_t=train.warmup_epochs, warmup_lr_init=first)
+    for epoch in range(train.epochs):
+        for step in (epoch * steps, epoch * steps + steps - 1):
+            found = lr_at(step, train=train, steps_per_epoch=steps)
+            assert found == pytest.approx(optimizer.param_groups[0]["lr"])
+        theirs.step(epoch)  # DeiT steps after the epoch, with its number
+
+
 def test_without_warm_up_the_cosine_starts_at_once():
     train = TrainConfig(epochs=1, batch_size=512, warmup_epochs=0)
     assert lr_at(0, train=train, steps_per_epoch=10) == pytest.approx(5e-4)
@@ -49,3 +63,14 @@ def test_only_matrices_and_kernels_are_decayed(changes):
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+@pytest.mark.parametrize(
+    ("name", "decayed"),
+    [("cifar-tiny", 6_595_584), ("cifar-tiny-release", 10_113_024), ("in1k-tiny-release", 9_877_632)],
+)
+def test_the_release_decays_positions_too(name, decayed):
+    preset = load_preset(name)
+    with torch.device("meta"):
+        groups = make_optimizer(LSAG(preset.model), preset.train).param_groups
+    assert sum(p.numel() for group in groups if group["weight_decay"] for p in group["params"]) == decayed
