@@ -142,7 +142,6 @@ def test_weights_of_another_model_are_refused():
         ("cifar-tiny-release", None, "--preset cifar-tiny-release"),
         ("cifar-tiny-release", "cifar100", "--preset cifar-tiny-release --dataset cifar100"),
         ("in1k-tiny-release", None, "--preset in1k-tiny-release"),
-        ("digits-nano", None, "--preset digits-nano"),
     ],
 )
 def test_weights_of_another_preset_name_theirs(tmp_path, given, dataset, fix):
