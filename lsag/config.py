@@ -269,12 +269,12 @@ class TrainConfig(Frozen):
     lr_scaling: Literal["peak", "all"] = "peak"
     """Whether batch_size / 512 scales the peak alone, as in DeiT, or warmup_lr and min_lr too."""
     lr_schedule: Literal["step", "epoch"] = "step"
-    """A rate for each step, and a cosine from the end of the warm-up; or DeiT's: a rate for each epoch, one epoch late,
-    and a cosine that counts from the beginning."""
+    """A rate for each step, and a cosine that begins where the warm-up ends; or, as in DeiT, a rate for each epoch, one
+    epoch late, and a cosine that counts from the first epoch."""
     warmup_epochs: NonNegative = 5
     weight_decay: NonNegative = 0.05
     decay_positions: Flag = False
-    """Decay all matrices, also position embeddings and what else a network asks to spare, as the release does."""
+    """Decay position embeddings, and what else a network asks to spare, like any other matrix, as the release does."""
     clip_grad: NonNegative = 5.0
     """Norm to which larger gradients are scaled down; 0: they are left as they are."""
     ema_decay: BelowOne = 0.0
@@ -299,7 +299,7 @@ class TrainConfig(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _scales_as_when_it_was_written(cls, fields: Any) -> Any:
-        """Runs and checkpoints list every setting. Those without `lr_scaling` are older than it: they scaled all."""
+        """Runs and checkpoints list every setting. Those without `lr_scaling` are older and scaled all rates."""
         listed = {"epochs", "batch_size", "lr", "warmup_lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad"}
         if isinstance(fields, dict) and fields.keys() >= listed | {"seed"}:
             return {"lr_scaling": "all"} | fields

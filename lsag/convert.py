@@ -67,6 +67,7 @@ def _fitting(weights: Mapping[str, Tensor]) -> list[str]:
     fitting = []
     for name, dataset in product(preset_paths(), (None, "cifar100")):
         config = load_preset(name, dataset=dataset).model
+        assert isinstance(config, ModelConfig), "the presets of the package are LSAG's"
         with torch.device("meta"), contextlib.suppress(ValueError):
             check_weights(_renamed(weights, config), LSAG(config).state_dict())
             fitting.append(f"--preset {name}" + (f" --dataset {dataset}" if dataset else ""))

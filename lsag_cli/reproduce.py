@@ -37,6 +37,7 @@ from lsag_cli.plan import count_images
 from lsag_cli.processes import lsag_command
 
 RELEASED_GPUS = 8
+"""On which the authors trained each model, and which each drew their own mixup."""
 
 
 def reproduce(

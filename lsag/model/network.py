@@ -60,10 +60,11 @@ class Stage(nn.Module):
         self.norm1 = nn.LayerNorm(stage.embed_dim, eps=NORM_EPS)
         self.norm2 = nn.LayerNorm(stage.embed_dim, eps=NORM_EPS)
         below = sum(stage.depth for stage in config.stages[:index])
-        own = [config.model_copy(update={"drop_path": config.drop_path_at(below + i)}) for i in range(stage.depth)]
+        rates = [config.drop_path_at(below + depth) for depth in range(stage.depth)]
+        configs = [config.model_copy(update={"drop_path": rate}) for rate in rates]
         self.blocks = nn.ModuleList(
-            Block(own[depth], stage, GlobalAttention(stage)) if index or depth else _first_block(own[0], stage)
-            for depth in range(stage.depth)
+            Block(own, stage, GlobalAttention(stage)) if index or depth else _first_block(own, stage)
+            for depth, own in enumerate(configs)
         )
 
     def forward(self, x: Tensor, embed: ShiftEmbedding | None = None) -> Tensor:

@@ -237,7 +237,9 @@ def test_layers_learn_at_their_rates_and_resume_exactly(tmp_path, tiny_preset):
     assert 0 < moved[0] < 1e-4 and moved[1] > 1e-2
 
 
-@pytest.mark.parametrize(("key", "value"), [("train.layer_decay", 0.5), ("train.freeze", 1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("train.layer_decay", 0.5), ("train.freeze", 1), ("train.decay_positions", True)]
+)
 def test_what_orders_the_weights_cannot_change_in_a_run(tmp_path, tiny_preset, key, value):
     stop_after(tiny_preset, tmp_path / "run", 3)
     with pytest.raises(UsageError, match=f"another {key} — resume with the original settings$"):
