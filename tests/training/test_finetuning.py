@@ -110,6 +110,9 @@ def test_the_recipe_of_a_checkpoint_is_fitted_to_few_images():
     assert notes[2].startswith("peak learning rate 7.19e-05, a tenth of the checkpoint's")
     many, notes = for_fine_tuning(trained, trained.train, given=(), num_images=50_000, num_slices=1)
     assert many.train.batch_size == 736 and many.train.lr == pytest.approx(5e-5) and len(notes) == 2
+    constant = load_preset("cifar-tiny", {"train.min_lr": 0.0})
+    kept, _ = for_fine_tuning(constant, trained.train, given=("train.min_lr",), num_images=1_000, num_slices=1)
+    assert kept.train.learning_rates == pytest.approx((1e-7, 5e-5 * 736 / 512, 0.0))
     mine = load_preset("cifar-tiny", {"train.lr": 1e-3, "train.batch_size": 64})
     given = ("train.lr", "train.batch_size", "train.epochs")
     assert for_fine_tuning(mine, trained.train, given=given, num_images=100, num_slices=1) == (mine, [])
