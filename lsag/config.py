@@ -39,6 +39,7 @@ Positive = Annotated[Integer, Field(gt=0, le=10_000_000)]
 Size = Annotated[Integer, Field(gt=0, le=16_384)]
 NonNegativeInteger = Annotated[Integer, Field(ge=0, le=16_384)]
 NonNegative = Annotated[Real, Field(ge=0)]
+Flag = Annotated[bool, Strict()]
 Probability = Annotated[Real, Field(ge=0, le=1)]
 BelowOne = Annotated[Real, Field(ge=0, lt=1)]
 PositiveReal = Annotated[Real, Field(gt=0)]
@@ -159,6 +160,8 @@ class ModelConfig(Frozen):
     """The first block: the paper's local one, a global one like the rest, Swin's, or CvT's with its embedding."""
     mlp_ratio: Annotated[Real, Field(ge=0.1, le=100)] = 4.0
     drop_path: BelowOne = 0.1
+    drop_path_by_depth: Literal["constant", "linear"] = "constant"
+    """Whether all blocks have that rate, as in the release, or it grows from 0 to that of the last one, as in DeiT."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -208,6 +211,12 @@ class ModelConfig(Frozen):
         for _ in self.stages[1:]:
             sides.append(math.ceil(sides[-1] / 2))
         return tuple(sides)
+
+    def drop_path_at(self, index: int) -> float:
+        """The drop-path rate of a block, counted from 0 over all stages."""
+        if self.drop_path_by_depth == "constant":
+            return self.drop_path
+        return self.drop_path * index / max(sum(stage.depth for stage in self.stages) - 1, 1)
 
 
 class TimmConfig(Frozen):
@@ -310,17 +319,28 @@ class AugmentConfig(Frozen):
 
 
 class TrainConfig(Frozen):
-    """The optimisation: AdamW, linear warm-up, cosine (section 3.3). Learning rates are for a batch of 512 images."""
+    """The optimisation: AdamW, linear warm-up, cosine (section 3.3)."""
 
     epochs: Positive = 300
     batch_size: Positive
     """Images per optimizer step, over all devices."""
     lr: PositiveReal = 5e-4
+    """The peak of the learning rate for a batch of 512 images: it is multiplied by batch_size / 512."""
     warmup_lr: NonNegative = 1e-6
+    """The learning rate of the first step, at most the peak."""
     min_lr: NonNegative = 1e-5
+    """The learning rate after the last step, at most the peak."""
+    lr_scaling: Literal["peak", "all"] = "peak"
+    """Whether batch_size / 512 scales the peak alone, as in DeiT, or warmup_lr and min_lr too."""
+    lr_schedule: Literal["step", "epoch"] = "step"
+    """A rate for each step, and a cosine that begins where the warm-up ends; or, as in DeiT, a rate for each epoch, one
+    epoch late, and a cosine that counts from the first epoch."""
     warmup_epochs: NonNegative = 5
     weight_decay: NonNegative = 0.05
-    clip_grad: PositiveReal = 5.0
+    decay_positions: Flag = False
+    """Decay position embeddings, and what else a network asks to spare, like any other matrix, as the release does."""
+    clip_grad: NonNegative = 5.0
+    """Norm to which larger gradients are scaled down; 0: they are left as they are."""
     ema_decay: BelowOne = 0.0
     """Decay of the moving average of the weights, which is then evaluated and saved as the model; 0 disables it."""
     freeze: NonNegativeInteger = 0
@@ -335,9 +355,22 @@ class TrainConfig(Frozen):
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
 
     @property
-    def lr_scale(self) -> float:
-        """The factor of the learning rates for this batch size."""
-        return self.batch_size / 512
+    def learning_rates(self) -> tuple[float, float, float]:
+        """The learning rates of the first step, at the peak and after the last step, for this batch size."""
+        scale = self.batch_size / 512
+        peak = self.lr * scale
+        if self.lr_scaling == "all":
+            return self.warmup_lr * scale, peak, self.min_lr * scale
+        return min(self.warmup_lr, peak), peak, min(self.min_lr, peak)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scales_as_when_it_was_written(cls, fields: Any) -> Any:
+        """Runs and checkpoints list every setting. Those without `lr_scaling` are older and scaled all rates."""
+        listed = {"epochs", "batch_size", "lr", "warmup_lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad"}
+        if isinstance(fields, dict) and fields.keys() >= listed | {"seed"}:
+            return {"lr_scaling": "all"} | fields
+        return fields
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:

@@ -1,8 +1,10 @@
 """The authors' released checkpoints, converted to this project's layout."""
 
 import argparse
+import contextlib
 import re
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from lsag.config import ModelConfig, Preset
 from lsag.data.sources import placeholder_classes
 from lsag.errors import InputError, UsageError
 from lsag.model.network import LSAG
+from lsag.presets import load_preset, preset_paths
 
 _RENAMED = {
     "Wq_even": "attn.q",
@@ -50,9 +53,25 @@ def convert_file(file: str | Path, preset: Preset, out: str | Path) -> None:
     """
     if not isinstance(preset.model, ModelConfig):
         raise UsageError(f"{preset.name} is a timm model, but the release has only LSAG", "choose one of: lsag presets")
-    model = from_released(read_released(file), preset.model)
+    weights = read_released(file)
+    try:
+        model = from_released(weights, preset.model)
+    except InputError as error:
+        raise InputError(error.what, " or ".join(_fitting(weights)) or error.fix) from error
     converted = preset.model_copy(update={"model": model.config})
     save_checkpoint(out, Checkpoint(model, converted, placeholder_classes(preset.model.num_classes)))
+
+
+def _fitting(weights: Mapping[str, Tensor]) -> list[str]:
+    """The options of `lsag convert` that choose a network which released `weights` fit, for each preset there is."""
+    fitting = []
+    for name, dataset in product(preset_paths(), (None, "cifar100")):
+        config = load_preset(name, dataset=dataset).model
+        assert isinstance(config, ModelConfig), "the presets of the package are LSAG's"
+        with torch.device("meta"), contextlib.suppress(ValueError):
+            check_weights(_renamed(weights, config), LSAG(config).state_dict())
+            fitting.append(f"--preset {name}" + (f" --dataset {dataset}" if dataset else ""))
+    return fitting
 
 
 def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG:
@@ -67,9 +86,18 @@ def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG
     if config.shift_mode == "roll":
         # Departure: the paper says (Px horizontal, Py vertical); the released CIFAR code transposes them.
         config = config.model_copy(update={"shifts": tuple((py, px) for px, py in config.shifts)})
+    model, converted = LSAG(config), _renamed(state_dict, config)
+    try:
+        check_weights(converted, model.state_dict())
+    except ValueError as error:
+        raise InputError(str(error), "choose the preset of these weights: lsag presets") from error
+    model.load_state_dict(converted)
+    return model.eval()
+
+
+def _renamed(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Released weights by our names, those of the variants' convolutions as one."""
     source = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    model = LSAG(config)
-    wanted = model.state_dict()
     converted: dict[str, Tensor] = {}
     for kind in ("weight", "bias"):
         names = [f"to_patch_embedding.projections.{s}.{kind}" for s in range(config.num_variants)]
@@ -80,16 +108,7 @@ def from_released(state_dict: Mapping[str, Tensor], config: ModelConfig) -> LSAG
             converted["embed.pos"] = value.transpose(0, 1)
         else:
             converted[_rename(key)] = value
-    converted = {key: value.float() for key, value in converted.items()}
-    try:
-        check_weights(converted, wanted)
-    except ValueError as error:
-        fix = "choose the preset of these weights"
-        if ".kv.weight is" in str(error):
-            fix += "; the released CIFAR models share one key/value head: --set model.stages.0.num_kv_heads=1, ..."
-        raise InputError(str(error), fix) from error
-    model.load_state_dict(converted)
-    return model.eval()
+    return {key: value.float() for key, value in converted.items()}
 
 
 def _rename(key: str) -> str:

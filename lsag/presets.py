@@ -64,8 +64,8 @@ def for_fine_tuning(
     """`preset`, which is that of a checkpoint with changes, as a recipe for fine-tuning; and a note for each change.
 
     The batch is cut so far that an epoch of `num_images` has ten steps, but not below two images for each of the
-    `num_slices`. The peak of the learning rate is a tenth of the checkpoint's, whose recipe was `trained`. Settings
-    that are `given`, such as "train.lr", stay.
+    `num_slices`. Learning rates are a tenth of the checkpoint's, whose recipe was `trained`; with "train.lr" among the
+    `given` settings they stay, and so does every other setting that is `given`.
     """
     before, batch, notes = preset.train.batch_size, preset.train.batch_size, []
     if "train.batch_size" not in given and num_images < FINE_TUNING_STEPS * before:
@@ -78,9 +78,9 @@ def for_fine_tuning(
     if batch != before:
         notes.append(f"batches of {batch} instead of {before}, because there are {num_images:,} images")
     if "train.lr" not in given:
-        factor = FINE_TUNING_LR * trained.batch_size / batch
-        changes |= {name: getattr(trained, name) * factor for name in ("lr", "warmup_lr", "min_lr")}
-        peak = trained.lr * trained.lr_scale * FINE_TUNING_LR
+        first, peak, last = (rate * FINE_TUNING_LR for rate in trained.learning_rates)
+        rates = {"lr": peak * 512 / batch, "warmup_lr": first, "min_lr": last, "lr_scaling": "peak"}
+        changes |= {name: rate for name, rate in rates.items() if f"train.{name}" not in given}
         notes.append(f"peak learning rate {peak:.3g}, a tenth of the checkpoint's; change it with --set train.lr")
     return preset.model_copy(update={"train": preset.train.model_copy(update=changes)}), notes
 

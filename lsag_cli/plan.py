@@ -77,7 +77,7 @@ def show_plan(preset: Preset, options: TrainCommand, *, processes: int, probe: b
         "processes": processes,
         "accum": accum,
         "slice_size": slice_size,
-        "peak_lr": recipe.lr * recipe.lr_scale,
+        "peak_lr": recipe.learning_rates[1],
     }
     if options.gpus and options.gpus != "0":
         with loading():

@@ -35,6 +35,9 @@ from lsag_cli.output import note, percent, print_json, say
 from lsag_cli.plan import count_images
 from lsag_cli.processes import lsag_command
 
+RELEASED_GPUS = 8
+"""On which the authors trained each model, and which each drew their own mixup."""
+
 
 def reproduce(
     table: Annotated[
@@ -92,6 +95,9 @@ def reproduce(
         check_data(out, dataset, where, write=not dry_run)
     if todo and epochs and (warmup := runs[0].preset.train.warmup_epochs):
         note(f"warm-up: {warmup:g} of {epochs} epochs")
+    if todo and scale == "full" and accum != RELEASED_GPUS:
+        drawn = f"mixup is drawn {accum} times a batch" if accum > 1 else "mixup is drawn once a batch"
+        note(f"{drawn}; in the release by each of {RELEASED_GPUS} GPUs: --accum {RELEASED_GPUS}")
     gpus, cores = devices_here(device) if todo else ([], 1)
     num_jobs = min(jobs or max(1, len(gpus)), max(1, len(todo)))
     hours = estimate_hours(todo, device=device, data_dir=where, num_jobs=num_jobs) if todo else 0.0

@@ -132,8 +132,24 @@ def test_weights_of_another_model_are_refused():
     with pytest.raises(InputError, match=r"1 missing: norm.bias; 1 unknown: cls_token"):
         from_released(released, config)
     full = config.model_copy(update={"stages": small_config(stages=WIDTHS).stages})
-    with pytest.raises(InputError, match="num_kv_heads=1"):
+    with pytest.raises(InputError, match=r"\.kv\.weight is .* — choose the preset of these weights: lsag presets"):
         from_released(released, full)
+
+
+@pytest.mark.parametrize(
+    ("given", "dataset", "fix"),
+    [
+        ("cifar-tiny-release", None, "--preset cifar-tiny-release"),
+        ("cifar-tiny-release", "cifar100", "--preset cifar-tiny-release --dataset cifar100"),
+        ("in1k-tiny-release", None, "--preset in1k-tiny-release"),
+    ],
+)
+def test_weights_of_another_preset_name_theirs(tmp_path, given, dataset, fix):
+    """With four heads, as published, where Table 2 has three."""
+    released = released_layout(LSAG(load_preset(given, dataset=dataset).model))
+    torch.save({"model": released}, tmp_path / "released.pth")
+    with pytest.raises(InputError, match=f" — {fix}$"):
+        convert_file(tmp_path / "released.pth", load_preset("cifar-tiny"), tmp_path / "out.pt")
 
 
 def test_keys_of_other_projects_are_unknown_not_a_crash():

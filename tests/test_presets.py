@@ -20,10 +20,16 @@ TABLE_2 = {
     "cifar-small": (32, 18, 3, 1, 1, [384] * 4, [2, 4, 4, 4], [6] * 4, [6] * 4),
     "cifar-base": (32, 18, 3, 1, 1, [768] * 4, [3, 3, 3, 3], [12] * 4, [12] * 4),
 }
+RELEASED = {
+    "in1k-small-release": TABLE_2["in1k-small"],
+    "cifar-tiny-release": (*TABLE_2["cifar-tiny"][:7], [4] * 4, [1] * 4),
+    "cifar-small-release": (*TABLE_2["cifar-small"][:8], [1] * 4),
+    "cifar-base-release": (*TABLE_2["cifar-base"][:8], [1] * 4),
+}
 
 
-@pytest.mark.parametrize("name", TABLE_2)
-def test_presets_are_table_2(name):
+@pytest.mark.parametrize("name", TABLE_2 | RELEASED)
+def test_presets_are_table_2_or_the_release(name):
     model = load_preset(name).model
     found = (
         model.image_size,
@@ -33,17 +39,24 @@ def test_presets_are_table_2(name):
         model.patch_padding,
         *([getattr(s, field) for s in model.stages] for field in ("embed_dim", "depth", "num_heads", "num_kv_heads")),
     )
-    assert found == TABLE_2[name]
+    assert found == (TABLE_2 | RELEASED)[name]
     assert model.shifts == (CIFAR_SHIFTS if name.startswith("cifar") else IMAGENET_SHIFTS)
     assert model.shift_mode == ("roll" if name.startswith("cifar") else "extend")
 
 
-@pytest.mark.parametrize("name", TABLE_2)
-def test_presets_follow_the_recipe_of_section_3_3(name):
+@pytest.mark.parametrize("name", TABLE_2 | RELEASED)
+def test_presets_follow_the_recipe_of_section_3_3_or_of_the_release(name):
     preset = load_preset(name)
     train, augment = preset.train, preset.augment
-    assert (train.epochs, train.weight_decay, train.clip_grad, train.lr) == (300, 0.05, 5.0, 5e-4)
-    assert train.warmup_epochs == (5 if name.startswith("cifar") else 20)
+    other = name == "in1k-small-release"
+    assert (train.epochs, train.weight_decay, train.lr) == (300, 0.05, 2.5e-4 if other else 5e-4)
+    assert train.warmup_epochs == (5 if name.startswith("cifar") or other else 20)
+    as_released = (train.clip_grad, train.decay_positions, train.lr_schedule)
+    assert as_released == ((0, True, "epoch") if name.endswith("release") else (5.0, False, "step"))
+    rates = (1e-6, 1e-5, "peak") if "in1k-tiny" not in name else (5e-7, 5e-6, "all")
+    assert (train.warmup_lr, train.min_lr, train.lr_scaling) == rates
+    assert train.batch_size == load_preset(name.removesuffix("-release")).train.batch_size
+    assert preset.model.drop_path_by_depth == "constant"
     assert (augment.rand_augment, augment.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
     assert (augment.mixup, augment.cutmix, augment.mixup_prob, augment.mixup_switch_prob) == (0.8, 1.0, 1.0, 0.5)
     assert (augment.label_smoothing, preset.model.drop_path, preset.data.interpolation) == (0.1, 0.1, "bicubic")
@@ -201,10 +214,9 @@ ABLATED = {
 
 
 def test_the_presets_are_these():
-    full = ["cifar-base", "cifar-nano", "cifar-small", "cifar-tiny", "digits-nano"]
-    assert preset_names() == [
-        *full, "in1k-small", "in1k-tiny-release", "in1k-tiny", *(f"cifar-tiny-{name}" for name in sorted(ABLATED))
-    ]  # fmt: skip
+    full = {*TABLE_2, *RELEASED, "cifar-nano", "digits-nano"}
+    assert set(preset_names()) == full | {f"cifar-tiny-{name}" for name in ABLATED}
+    assert len(preset_names()) == len(full) + len(ABLATED)
 
 
 @pytest.mark.parametrize("name", ABLATED)

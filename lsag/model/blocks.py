@@ -283,8 +283,8 @@ class DropPath(nn.Module):
 class Block(Recomputable):
     """x + Attention(norm1(x)), then x + MLP(norm2(x)); stochastic depth drops each branch for whole images.
 
-    Departure: the paper does not say so, but the release and its parameter counts share one pair of norms among all
-    blocks of a stage; they are passed in.
+    Departure: the paper does not say so, but the release shares one pair of norms among all blocks of a stage; they are
+    passed in.
     """
 
     def __init__(self, config: ModelConfig, stage: StageConfig, attn: Attention) -> None:

@@ -59,9 +59,12 @@ class Stage(nn.Module):
             self.pos = nn.Parameter(torch.zeros(config.grid_sizes[index] ** 2, stage.embed_dim))
         self.norm1 = nn.LayerNorm(stage.embed_dim, eps=NORM_EPS)
         self.norm2 = nn.LayerNorm(stage.embed_dim, eps=NORM_EPS)
+        below = sum(stage.depth for stage in config.stages[:index])
+        rates = [config.drop_path_at(below + depth) for depth in range(stage.depth)]
+        configs = [config.model_copy(update={"drop_path": rate}) for rate in rates]
         self.blocks = nn.ModuleList(
-            Block(config, stage, GlobalAttention(stage)) if index or depth else _first_block(config, stage)
-            for depth in range(stage.depth)
+            Block(own, stage, GlobalAttention(stage)) if index or depth else _first_block(own, stage)
+            for depth, own in enumerate(configs)
         )
 
     def forward(self, x: Tensor, embed: ShiftEmbedding | None = None) -> Tensor:

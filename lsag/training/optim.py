@@ -14,22 +14,26 @@ from lsag.config import TrainConfig
 def lr_at(step: int, *, train: TrainConfig, steps_per_epoch: int) -> float:
     """The learning rate of optimizer step `step`, counted from 0: linear warm-up, then cosine to the end.
 
-    Rates are scaled by batch_size / 512. The cosine starts where the warm-up ends; min_lr follows the last step.
+    With lr_schedule "step" the cosine starts where the warm-up ends, and min_lr follows the last step.
     """
-    scale = train.lr_scale
+    first, peak, last = train.learning_rates
     warmup, total = train.warmup_epochs * steps_per_epoch, train.epochs * steps_per_epoch
+    start = warmup
+    if train.lr_schedule == "epoch":
+        step, start = max(step // steps_per_epoch - 1, 0) * steps_per_epoch, 0
     if step < warmup:
-        return scale * (train.warmup_lr + (train.lr - train.warmup_lr) * step / warmup)
-    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return scale * (train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * progress)) / 2)
+        return first + (peak - first) * step / warmup
+    progress = min((step - start) / max(total - start, 1), 1.0)
+    return last + (peak - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW. Biases, norms and what the model names, such as positions, are not decayed (as in DeiT).
+    """AdamW. Biases, norms and, without `decay_positions`, what the model names are not decayed (as in DeiT).
 
     With `layer_decay` there are groups for each layer, whose "lr_scale" is the factor of its learning rate.
     """
-    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
+    asks = hasattr(model, "no_weight_decay") and not train.decay_positions
+    spared = model.no_weight_decay() if asks else ()  # type: ignore[operator]
     if train.layer_decay == 1:
         groups = param_groups_weight_decay(model, train.weight_decay, no_weight_decay_list=spared)
     else:

@@ -18,7 +18,7 @@ from lsag.inference.evaluate import Metrics
 from lsag.training.events import Epoch
 from lsag.training.optim import lr_at
 
-WEIGHT_ORDER = ("train.freeze", "train.layer_decay")
+WEIGHT_ORDER = ("train.freeze", "train.layer_decay", "train.decay_positions")
 """Settings by which the optimizer orders the weights; they cannot change in a run."""
 
 

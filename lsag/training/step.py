@@ -65,7 +65,7 @@ class TrainStep:
         for index in self.slices:
             total += self.accumulate(*self.fetch(batches, index), index)
         state.scaler.unscale_(state.optimizer)
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), state.preset.train.clip_grad)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), state.preset.train.clip_grad or math.inf)
         loss, grad_norm = torch.stack([total, norm]).tolist()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         own_stop = signals.stop

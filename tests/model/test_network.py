@@ -69,7 +69,14 @@ def test_chunks_and_the_released_formulation_give_the_same(monkeypatch, config, 
 
 
 LARGE = dict.fromkeys(("in1k-small", "in1k-tiny-release"), pytest.mark.slow) | dict.fromkeys(
-    ("cifar-small", "cifar-base", *(f"cifar-tiny-{name}" for name in [*ABLATIONS, "full"])), pytest.mark.full_size
+    (
+        "cifar-small",
+        "cifar-base",
+        "in1k-small-release",
+        *(f"cifar-{size}-release" for size in ("tiny", "small", "base")),
+        *(f"cifar-tiny-{name}" for name in [*ABLATIONS, "full"]),
+    ),
+    pytest.mark.full_size,
 )
 
 
@@ -188,6 +195,12 @@ def test_drop_path_acts_in_training_only():
     assert not torch.equal(first, model(batch))
     torch.manual_seed(0)
     assert torch.equal(first, model(batch))
+
+
+def test_drop_path_may_grow_with_depth():
+    for rule, expected in {"constant": [0.3] * 4, "linear": [0.0, 0.1, 0.2, 0.3]}.items():
+        model = LSAG(small_config(drop_path=0.3, drop_path_by_depth=rule))
+        assert [block.drop_path.rate for stage in model.stages for block in stage.blocks] == pytest.approx(expected)
 
 
 def test_drop_path_draws_as_torchvision_does():

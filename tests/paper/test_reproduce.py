@@ -304,6 +304,7 @@ def test_the_papers_setting_states_its_cost_and_waits_for_yes(lsag, tmp_path):
     done = lsag("reproduce", "--table=6", "--scale=full", "--rows=I", "--seeds=1", "--device=cpu", "--out=out")
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and "add --yes" in lines[-1] and "1 training, about" in lines[-2]
+    assert lines[0] == "mixup is drawn once a batch; in the release by each of 8 GPUs: --accum 8"
     assert not [*tmp_path.glob("out/*/")]
 
 

@@ -104,12 +104,16 @@ def test_the_recipe_of_a_checkpoint_is_fitted_to_few_images():
     trained = load_preset("cifar-tiny")  # batches of 736 with mixup, a peak of 7.2e-4
     preset, notes = for_fine_tuning(trained, trained.train, given=(), num_images=1_000, num_slices=3)
     assert preset.train.batch_size == 96  # ten steps, cut into 3 slices of even size
-    assert preset.train.lr * preset.train.lr_scale == pytest.approx(5e-4 * 736 / 512 / 10)
+    rates = preset.train.learning_rates
+    assert rates == pytest.approx([rate / 10 for rate in trained.train.learning_rates])
     assert notes[0] == "epochs: 300, as the checkpoint was trained; change it with --epochs"
     assert notes[1] == "batches of 96 instead of 736, because there are 1,000 images"
     assert notes[2].startswith("peak learning rate 7.19e-05, a tenth of the checkpoint's")
     many, notes = for_fine_tuning(trained, trained.train, given=(), num_images=50_000, num_slices=1)
     assert many.train.batch_size == 736 and many.train.lr == pytest.approx(5e-5) and len(notes) == 2
+    constant = load_preset("cifar-tiny", {"train.min_lr": 0.0})
+    kept, _ = for_fine_tuning(constant, trained.train, given=("train.min_lr",), num_images=1_000, num_slices=1)
+    assert kept.train.learning_rates == pytest.approx((1e-7, 5e-5 * 736 / 512, 0.0))
     mine = load_preset("cifar-tiny", {"train.lr": 1e-3, "train.batch_size": 64})
     given = ("train.lr", "train.batch_size", "train.epochs")
     assert for_fine_tuning(mine, trained.train, given=given, num_images=100, num_slices=1) == (mine, [])
@@ -244,7 +248,9 @@ def test_layers_learn_at_their_rates_and_resume_exactly(tmp_path, tiny_preset):
     assert 0 < moved[0] < 1e-4 and moved[1] > 1e-2
 
 
-@pytest.mark.parametrize(("key", "value"), [("train.layer_decay", 0.5), ("train.freeze", 1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("train.layer_decay", 0.5), ("train.freeze", 1), ("train.decay_positions", True)]
+)
 def test_what_orders_the_weights_cannot_change_in_a_run(tmp_path, tiny_preset, key, value):
     stop_after(tiny_preset, tmp_path / "run", 3)
     with pytest.raises(UsageError, match=f"another {key} — resume with the original settings$"):

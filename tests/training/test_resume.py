@@ -224,6 +224,20 @@ def test_a_checkpoint_of_the_future_is_not_called_damaged(preset, stopped):
     assert checkpoint.exists()
 
 
+def test_a_run_from_before_a_setting_existed_keeps_what_it_did(preset, stopped):
+    """It scaled all learning rates."""
+    file = newest(stopped)
+    contents = torch.load(file)
+    for train in (contents["preset"]["train"], listed := json.loads((stopped / "preset.json").read_text())["train"]):
+        del train["lr_scaling"]
+    torch.save(contents, file)
+    old = load_preset(preset, {"train": listed})
+    assert old.train.learning_rates == (1e-6 / 8, 8e-3 / 8, 1e-5 / 8)
+    with pytest.raises(UsageError, match=r"another train.lr_scaling — .*--allow-change train.lr_scaling"):
+        run(preset, stopped, resume=True)
+    assert run(old, stopped, resume=True)[-1].epochs == 2
+
+
 def test_torn_logs_are_repaired(tmp_path, preset, whole):
     stop_after(preset, tmp_path / "run", 30)
     with (tmp_path / "run/steps.jsonl").open("a") as log:
