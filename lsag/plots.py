@@ -222,7 +222,7 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
 
 
 def strongest_shifts(weights: Tensor, colors: Tensor) -> Tensor:
-    """A picture (side, side, 3) of the strongest of T shifts in weights (T, side, side), white where it barely leads."""
+    """A picture (side, side, 3) of the strongest shifts by weights (T, side, side), white where it barely leads."""
     strongest, chosen = weights.max(dim=0)
     uniform = 1 / len(colors)
     strength = ((strongest - uniform) / max(1 - uniform, 1e-9)).clamp(0, 1)[..., None].sqrt()

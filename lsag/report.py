@@ -21,7 +21,7 @@ from torch import Tensor
 from lsag.errors import UsageError
 from lsag.files import replacing
 from lsag.inference.explain import Explanation, explain
-from lsag.inference.figures import confused
+from lsag.inference.figures import counts
 from lsag.plots import ATTENTION_MAP, shift_colors, strongest_shifts
 
 if TYPE_CHECKING:
@@ -38,25 +38,18 @@ MANY_TIMES = 4.0
 
 
 def write_report(evaluation: "Evaluation", figures: Mapping[str, Any], path: Path) -> None:
-    """Write the page of an evaluation, with its `figures` as `lsag eval --json` prints them. OutputError if that fails."""
+    """Write the page of an evaluation, with its `figures` as `lsag eval --json` has them. OutputError if that fails."""
     metrics, classes = evaluation.metrics, evaluation.model.classes
-    confusion = metrics.confusion
-    pairs = confused(confusion, most=len(metrics.labels))
-    shown = list(range(len(classes)))
-    if len(shown) > MAX_SHOWN:
-        errors = torch.zeros(len(classes), dtype=torch.int64)
-        for true, predicted, count in pairs:
-            errors[true] += count
-            errors[predicted] += count
-        shown = sorted(errors.topk(MAX_SHOWN).indices.tolist())
+    wrong = (metrics.labels != metrics.predictions).nonzero().flatten()
+    errors = torch.cat([metrics.labels[wrong], metrics.predictions[wrong]]).bincount(minlength=len(classes))
+    shown = errors.topk(min(MAX_SHOWN, len(classes))).indices.sort().values.tolist()
     place = {index: position for position, index in enumerate(shown)}
-    counts = confusion if confusion.is_sparse else confusion.to_sparse()
     cells = [
         (place[true], place[predicted], count)
-        for true, predicted, count in zip(*counts.indices().tolist(), counts.values().tolist(), strict=True)
+        for true, predicted, count in counts(metrics.confusion)
         if true in place and predicted in place
     ]
-    mistakes, unexplained = _mistakes(evaluation)
+    mistakes, unexplained = _mistakes(evaluation, wrong)
     data = {
         **{key: value for key, value in figures.items() if not key.startswith("confusion") and key != "per_class"},
         "shown": [classes[index] for index in shown],
@@ -94,11 +87,10 @@ def write_explanation(explanation: Explanation, path: Path, *, title: str) -> No
     _write("explanation", data, path, title=title)
 
 
-def _mistakes(evaluation: "Evaluation") -> tuple[list[dict[str, Any]], str]:
-    """The most confident mistakes with their pictures, and why nothing more is shown of them, if so."""
+def _mistakes(evaluation: "Evaluation", wrong: Tensor) -> tuple[list[dict[str, Any]], str]:
+    """The most confident of the `wrong` predictions with pictures, and why nothing more is shown of them, if so."""
     metrics, model, unexplained = evaluation.metrics, evaluation.model, ""
     classes = model.classes
-    wrong = (metrics.labels != metrics.predictions).nonzero().flatten()
     order = metrics.confidences[wrong].argsort(descending=True, stable=True)
     rows: list[dict[str, Any]] = []
     for index in wrong[order[:MISTAKES]].tolist():
@@ -121,7 +113,7 @@ def _mistakes(evaluation: "Evaluation") -> tuple[list[dict[str, Any]], str]:
 
 
 def _seen(found: Explanation) -> dict[str, Any]:
-    """What a mistake shows of its explanation: the favourite shifts, those of each patch, the attention of all tokens."""
+    """What is shown of a mistake: the favourite shifts, the strongest of each patch, the attention of all tokens."""
     mean = found.local.mean(dim=0)
     best = mean.mean(dim=(1, 2)).topk(min(3, len(found.shifts)))
     colors = (255 * strongest_shifts(mean, shift_colors(found.shifts))).round().byte().numpy()

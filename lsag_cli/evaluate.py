@@ -98,7 +98,7 @@ def evaluate(
             download=not no_download,
             on_batch=lambda images, of: bar.update(task, advance=images, total=of, visible=True),
         )
-    metrics, model = result.metrics, result.model
+    model = result.model
     note_fallback(model)
     for line in result.notes:
         note(line)
@@ -130,7 +130,7 @@ def evaluate(
         failed = {"error": {"code": failure.exit_code, "message": str(failure)}} if failure else {}
         print_json("eval", **answer, **profiled, **files, **failed)
     else:
-        show(result, answer)
+        show(result)
         if nodes:
             say(nodes_line(nodes))
         for name, written in files.items():
@@ -159,8 +159,8 @@ def draw(result: "Evaluation", plot: Path | None, checkpoint: Path) -> str | Non
     return str(path)
 
 
-def show(result: "Evaluation", figures: dict[str, Any]) -> None:
-    """Print the `figures` of --json, and a table of the classes (of more than thirty only the twenty worst)."""
+def show(result: "Evaluation") -> None:
+    """Print the figures, and a table of the classes (of more than thirty only the twenty worst)."""
     metrics, classes = result.metrics, result.model.classes
     rows = sorted(
         zip(classes, metrics.per_class(), metrics.images_per_class(), strict=True),

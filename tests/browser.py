@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-KEYS = {"Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "End": 35, "Home": 36, "Enter": 13}
+KEYS = {"Tab": 9, "Enter": 13, "ArrowRight": 39, "ArrowDown": 40}
 PATIENCE = 60
 
 
@@ -19,7 +19,13 @@ class Page:
     def __init__(self, path: Path, profile: Path, *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
         program = shutil.which("chromium")
         assert program
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+        ]
         theirs, self.commands = os.pipe()
         answers, ours = os.pipe()
         redirected = f'exec "$@" 3<&{theirs} 4>&{ours}'
@@ -94,9 +100,19 @@ class Page:
     def text(self, selector: str) -> str:
         return self.run(f"document.querySelector({json.dumps(selector)}).textContent")
 
-    def press(self, key: str) -> None:
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            names = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
+            self.call("Input.dispatchKeyEvent", type="keyDown", text="\r" if key == "Enter" else "", **names)
+            self.call("Input.dispatchKeyEvent", type="keyUp", **names)
+
+    def tab_to(self, condition: str) -> None:
+        """Press the Tab key until the element that has the focus, `it`, meets a JavaScript condition."""
+        for _ in range(100):
+            if self.run(f"((it) => {condition})(document.activeElement)"):
+                return
+            self.press("Tab")
+        raise AssertionError(f"the Tab key does not lead to {condition}")
 
     def move(self, selector: str) -> None:
         """Move the pointer to the centre of an element."""

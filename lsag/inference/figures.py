@@ -19,7 +19,7 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     share, weight = hits / count, Z**2 / count
     half = Z * math.sqrt(share * (1 - share) / count + weight / (4 * count))
     low, high = (((share + weight / 2) + sign * half) / (1 + weight) for sign in (-1, 1))
-    return max(low, 0.0), min(high, 1.0)
+    return low if hits else 0.0, high if hits < count else 1.0  # rounding would miss them
 
 
 def mean_interval(values: Tensor) -> tuple[float, float]:
@@ -67,11 +67,16 @@ def calibration_error(bins: list[dict[str, Any]]) -> float:
     return math.fsum(gaps) / sum(one["images"] for one in full)
 
 
-def confused(confusion: Tensor, most: int = MOST_CONFUSED) -> list[tuple[int, int, int]]:
+def counts(confusion: Tensor) -> list[tuple[int, int, int]]:
+    """The cells of a confusion matrix that are not empty: true class, predicted class, images."""
+    cells = confusion if confusion.is_sparse else confusion.to_sparse()
+    return list(zip(*cells.indices().tolist(), cells.values().tolist(), strict=True))
+
+
+def confused(confusion: Tensor) -> list[tuple[int, int, int]]:
     """The pairs of a true and a predicted class that are confused most often, with the number of images."""
-    counts = confusion.coalesce() if confusion.is_sparse else confusion.to_sparse()
-    triples = zip(*counts.indices().tolist(), counts.values().tolist(), strict=True)
-    return sorted((one for one in triples if one[0] != one[1]), key=lambda one: (-one[2], one))[:most]
+    wrong = [cell for cell in counts(confusion) if cell[0] != cell[1]]
+    return sorted(wrong, key=lambda cell: (-cell[2], cell))[:MOST_CONFUSED]
 
 
 def figures(evaluation: "Evaluation") -> dict[str, Any]:
@@ -82,11 +87,6 @@ def figures(evaluation: "Evaluation") -> dict[str, Any]:
     }
     bins = calibration(metrics.confidences, metrics.labels == metrics.predictions)
     confusion = metrics.confusion
-    if confusion.is_sparse:
-        pairs = zip(*confusion.indices().tolist(), confusion.values().tolist(), strict=True)
-        matrix: dict[str, Any] = {"confusion_pairs": list(pairs)}
-    else:
-        matrix = {"confusion": confusion.tolist()}
     return {
         "images": metrics.count,
         "loss": metrics.loss,
@@ -98,5 +98,5 @@ def figures(evaluation: "Evaluation") -> dict[str, Any]:
         "per_class": dict(zip(classes, metrics.per_class(), strict=True)),
         "by_class": dict(zip(classes, by_class(metrics.labels, metrics.predictions, len(classes)), strict=True)),
         "most_confused": [(classes[true], classes[guess], count) for true, guess, count in confused(confusion)],
-        **matrix,
+        **({"confusion_pairs": counts(confusion)} if confusion.is_sparse else {"confusion": confusion.tolist()}),
     }
