@@ -195,7 +195,7 @@ def test_a_browser_shows_where_a_patch_looks(lsag, evaluated, tmp_path):
         assert page.text("h1") == "cifar-nano: <b>x.png" and page.text("#readout").startswith(
             "Patch in row 1, column 1:"
         )
-        page.tab_to("it.role === 'gridcell'")
+        page.tab_to("it.role === 'option'")
         page.press("ArrowDown", "ArrowDown", "ArrowRight")
         assert page.text("#readout").startswith("Patch in row 3, column 2:")
         for head, weights in enumerate(found.local[:, :, 2, 1]):

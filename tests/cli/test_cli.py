@@ -653,7 +653,7 @@ def test_a_shell_without_memory_or_a_folder_is_told_so(tmp_path, shell, words):
 
 
 @pytest.mark.slow
-def test_presets_travel_in_the_wheel(tmp_path):
+def test_presets_and_pages_travel_in_the_wheel(tmp_path):
     pip = [sys.executable, "-m", "pip"]
     subprocess.run(
         [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
@@ -664,6 +664,7 @@ def test_presets_travel_in_the_wheel(tmp_path):
     subprocess.run(
         [*pip, "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel], check=True, capture_output=True
     )
+    assert len(list(tmp_path.glob("site/lsag/report_files/*.html"))) == 3
     done = subprocess.run(
         [sys.executable, "-m", "lsag_cli", "flops", "--json"],
         cwd=tmp_path,
