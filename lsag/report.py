@@ -71,10 +71,10 @@ def write_explanation(explanation: Explanation, path: Path, *, title: str) -> No
         "size": len(explanation.pixels),
         "point": explanation.point,
         "shifts": explanation.shifts,
-        "colors": (255 * shift_colors(explanation.shifts)).round().int().tolist(),
+        "colors": _bright(shift_colors(explanation.shifts)).tolist(),
         "heads": len(explanation.local),
         "side": explanation.local.shape[2],
-        "local": _bytes((255 * explanation.local).round().byte()),
+        "local": _bytes(_bright(explanation.local)),
         "map": _attention_colors(),
         "top": top,
         "stages": [
@@ -114,16 +114,21 @@ def _mistakes(evaluation: "Evaluation", wrong: Tensor) -> tuple[list[dict[str, A
 
 def _seen(found: Explanation) -> dict[str, Any]:
     """What is shown of a mistake: the favourite shifts, the strongest of each patch, the attention of all tokens."""
-    mean = found.local.mean(dim=0)
-    best = mean.mean(dim=(1, 2)).topk(min(3, len(found.shifts)))
-    colors = (255 * strongest_shifts(mean, shift_colors(found.shifts))).round().byte().numpy()
+    mean, colors = found.local.mean(dim=0), shift_colors(found.shifts)
+    shares = mean.mean(dim=(1, 2))
     return {
         "shifts": [
-            (found.shifts[index], share) for index, share in zip(best.indices, best.values.tolist(), strict=True)
+            (found.shifts[index], shares[index].item(), _bright(colors[index]).tolist())
+            for index in shares.argsort(descending=True)[:3]
         ],
-        "strongest": _image(colors),
+        "strongest": _image(_bright(strongest_shifts(mean, colors)).numpy()),
         "looks": [None if looks is None else _image(_colored(looks.mean(dim=0))) for looks in found.looks],
     }
+
+
+def _bright(shares: Tensor) -> Tensor:
+    """Shares from 0 to 1 as bytes."""
+    return (255 * shares).round().byte()
 
 
 def _colored(multiples: Tensor) -> np.ndarray:

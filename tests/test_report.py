@@ -239,7 +239,11 @@ def test_a_name_is_never_markup(tmp_path):
     save_checkpoint(tmp_path / "a.pt", Checkpoint(checkpoint.model, preset, checkpoint.classes))
     result = evaluate_file(tmp_path / "a.pt", dataset="digits")
     object.__setattr__(result.model, "classes", classes)
-    write_report(result, figures(result) | {"checkpoint": EVIL, "folder": EVIL}, tmp_path / "a.html")
+    write_report(
+        result,
+        figures(result) | dict.fromkeys(("checkpoint", "preset", "dataset", "folder", "device", "date"), EVIL),
+        tmp_path / "a.html",
+    )
     found = explain(result.model, digits(False, "L").load(0)[0])
     write_explanation(found, tmp_path / "b.html", title=EVIL)
     for name in "ab":
