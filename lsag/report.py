@@ -171,7 +171,7 @@ def _write(name: str, data: Mapping[str, Any], path: Path, *, title: str) -> Non
     frame, body = ((FILES / f"{part}.html").read_text(encoding="utf-8") for part in ("frame", name))
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     visible = html.escape(title.encode("utf-8", "replace").decode())
-    before, after = frame.replace("{{title}}", visible).split("{{body}}")
+    before, after = frame.split("{{body}}")
     opening, closing = body.split("{{data}}")
     with replacing(path) as file:
-        file.write("".join([before, opening, text, closing, after]).encode())
+        file.write("".join([before.replace("{{title}}", visible), opening, text, closing, after]).encode())

@@ -22,7 +22,7 @@ from lsag.report import write_explanation, write_report
 from tests.browser import Page
 from tests.conftest import assert_refused, randomise
 
-EVIL = "</script><img src=x onerror=alert(1)>"
+EVIL = "</script><img src=x onerror=alert(1)>{{data}}{{body}}{{title}}"
 needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium")
 
 
@@ -235,7 +235,7 @@ def test_a_name_is_never_markup(tmp_path):
     """A folder cannot have a slash in its name; a checkpoint's classes can."""
     preset = load_preset("digits-nano")
     checkpoint = random_checkpoint(preset)
-    classes = (EVIL, *(f"{{{{body}}}} {index} \udcff" for index in range(9)))
+    classes = (EVIL, *(f"<b>{index} \udcff" for index in range(9)))
     save_checkpoint(tmp_path / "a.pt", Checkpoint(checkpoint.model, preset, checkpoint.classes))
     result = evaluate_file(tmp_path / "a.pt", dataset="digits")
     object.__setattr__(result.model, "classes", classes)

@@ -108,14 +108,11 @@ def explain(
             weights = last.attention_weights(inputs[last], slice(token, token + 1))[0, :, 0]
             stages.append(weights.unflatten(1, (side, side)).float().cpu())
             step = max(1, MAX_LOOKS // side**2)  # tokens at a time
-            rows = [
-                last.attention_weights(inputs[last], slice(first, first + step))[0].float().mean(dim=0)
-                for first in range(0, side**2, step)
-            ]
-            multiples = torch.cat(
-                [F.avg_pool2d(part.unflatten(1, (side, side)), block, ceil_mode=True) for part in rows]
-            )
-            looks.append(multiples.cpu() * side**2)
+            parts = []
+            for start in range(0, side**2, step):
+                weights = last.attention_weights(inputs[last], slice(start, start + step))[0].float().mean(dim=0)
+                parts.append(F.avg_pool2d(weights.unflatten(1, (side, side)), block, ceil_mode=True).cpu() * side**2)
+            looks.append(torch.cat(parts))
     best = probabilities.topk(min(3, len(classifier.classes)))
     names = [classifier.classes[index] for index in best.indices]
     classes = tuple(zip(names, best.values.tolist(), strict=True))
