@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 KEYS = {"Tab": 9, "Enter": 13, "ArrowRight": 39, "ArrowDown": 40}
-PATIENCE = 60
+PATIENCE = 30
 
 
 class Page:

@@ -22,7 +22,7 @@ from lsag.report import write_explanation, write_report
 from tests.browser import Page
 from tests.conftest import assert_refused, randomise
 
-EVIL = "</script><img src=x onerror=alert(1)>{{data}}{{body}}{{title}}"
+EVIL = "</title></script><img src=x onerror=alert(1)>{{data}}{{body}}{{title}}"
 needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium")
 
 
