@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_CELLS = 1000
 """Rows of a picture of a confusion matrix; there are no more pixels."""
+ATTENTION_MAP = "PuOr_r"
+"""The colours of attention: purple is less than uniform, orange more, which survives colour blindness."""
 CONFUSED_PAIRS = 10
 """Pairs of classes that the picture of a large confusion matrix names."""
 
@@ -178,13 +180,10 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
     axes = show(panels[0, 1], "mean shift", faint=True)
     axes.quiver(centers, centers, across, down, angles="xy", color="black", width=0.008)
 
-    colors = torch.tensor([_shift_color(shift, explanation.shifts) for shift in explanation.shifts])
-    uniform = 1 / len(shifts)
+    colors = shift_colors(explanation.shifts)
     for index, weights in enumerate([mean, *explanation.local]):
         axes = panels[0, 2 + index]
-        strongest, chosen = weights.max(dim=0)
-        strength = ((strongest - uniform) / max(1 - uniform, 1e-9)).clamp(0, 1)[..., None].sqrt()
-        axes.imshow(1 - strength + strength * colors[chosen], extent=extent, interpolation="nearest")
+        axes.imshow(strongest_shifts(weights, colors), extent=extent, interpolation="nearest")
         axes.set_title("strongest shift,\nmean of heads" if index == 0 else f"head {index}", fontsize=9)
     axes = panels[0, 3 + heads]
     shown = axes.imshow(explanation.entropy, cmap="viridis", extent=extent, interpolation="nearest", vmin=0)
@@ -200,7 +199,7 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
         side = len(attention)
         axes = show(panels[1, index], f"stage {index + 1}: attention of \u25a1,\n{side} x {side} tokens", faint=True)
         scale = LogNorm(1 / top, top, clip=True)
-        shown = axes.imshow(attention, "PuOr_r", scale, alpha=0.75, extent=extent, interpolation="nearest")
+        shown = axes.imshow(attention, ATTENTION_MAP, scale, alpha=0.75, extent=extent, interpolation="nearest")
         token = size / side
         x, y = (place // token * token - 0.5 for place in explanation.point)
         axes.add_patch(Rectangle((x, y), token, token, fill=False, edgecolor="black", linewidth=1.5))
@@ -222,19 +221,32 @@ def draw_explanation(explanation: "Explanation", path: Path, *, title: str) -> N
     _save(figure, path)
 
 
-def _shift_color(shift: tuple[int, int], shifts: Sequence[tuple[int, int]]) -> list[float]:
-    """The RGB colour of a shift: its direction on a cyclic map, paler if it is short; the unshifted variant is yellow.
+def strongest_shifts(weights: Tensor, colors: Tensor) -> Tensor:
+    """A picture (side, side, 3) of the strongest shifts by weights (T, side, side), white where it barely leads."""
+    strongest, chosen = weights.max(dim=0)
+    uniform = 1 / len(colors)
+    strength = ((strongest - uniform) / max(1 - uniform, 1e-9)).clamp(0, 1)[..., None].sqrt()
+    return 1 - strength + strength * colors[chosen]
+
+
+def shift_colors(shifts: Sequence[tuple[int, int]]) -> Tensor:
+    """The RGB colours (T, 3) of shifts: a direction on a cyclic map, paler if it is short; the unshifted one is yellow.
 
     The map is one whose order of brightness and colours survives colour blindness.
     """
     from matplotlib import colormaps
 
-    if not any(shift):
-        return [0.94, 0.89, 0.26]
-    strength = 0.3 + 0.7 * math.hypot(*shift) / max(math.hypot(*other) for other in shifts)
-    turn = (math.atan2(shift[1], shift[0]) / (2 * math.pi)) % 1
-    # Darker than the map's own colours, the lightest of which look like the white of a faded choice.
-    return [0.75 * (1 - strength) + strength * 0.8 * part for part in colormaps["twilight_shifted"](turn)[:3]]
+    longest, colors = max(math.hypot(*shift) for shift in shifts), []
+    for right, down in shifts:
+        if not (right or down):
+            colors.append([0.94, 0.89, 0.26])
+            continue
+        strength = 0.3 + 0.7 * math.hypot(right, down) / longest
+        turn = (math.atan2(down, right) / (2 * math.pi)) % 1
+        # Darker than the map's own colours, the lightest of which look like the white of a faded choice.
+        parts = colormaps["twilight_shifted"](turn)[:3]
+        colors.append([0.75 * (1 - strength) + strength * 0.8 * part for part in parts])
+    return torch.tensor(colors)
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> Any:

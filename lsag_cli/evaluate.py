@@ -3,6 +3,7 @@
 import csv
 import io
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -29,11 +30,9 @@ from lsag_cli.options import (
     note_fallback,
     refuse_existing,
 )
-from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, stderr
+from lsag_cli.output import is_terminal, note, percent, print_json, say, say_table, status, stderr
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lsag.inference.evaluate import Evaluation
     from lsag.inference.session import Session
 
@@ -54,12 +53,21 @@ def evaluate(
         Path | None,
         typer.Option(help="PNG file of the confusion matrix.", show_default="beside CHECKPOINT, overwritten"),
     ] = None,
-    predictions: Annotated[Path | None, typer.Option(help="CSV file of each image's label and prediction.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the files of --plot and --predictions.")] = False,
+    predictions: Annotated[
+        Path | None, typer.Option(help="CSV file of each image's label and prediction, with their probabilities.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="HTML file to look at: classes, confusions, calibration, the most confident mistakes."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite the files of --plot, --predictions and --report.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a model: loss, top-1, top-5, per-class accuracy, confusion matrix."""
-    for option, path, suffix in (("--plot", plot, ".png"), ("--predictions", predictions, ".csv")):
+    asked = (("--plot", plot, ".png"), ("--predictions", predictions, ".csv"), ("--report", report, ".html"))
+    for option, path, suffix in asked:
         if path and path.suffix.lower() != suffix:
             raise UsageError(f"{option} {path} does not end in {suffix}", f"choose a {suffix} file")
         if path:
@@ -71,6 +79,8 @@ def evaluate(
         from rich.progress import MofNCompleteColumn, Progress
 
         from lsag.inference.evaluate import evaluate_file
+        from lsag.inference.figures import figures
+        from lsag.report import write_report
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=stderr(), transient=True, disable=not is_terminal(sys.stderr)) as bar:
@@ -88,39 +98,49 @@ def evaluate(
             download=not no_download,
             on_batch=lambda images, of: bar.update(task, advance=images, total=of, visible=True),
         )
-    metrics, model = result.metrics, result.model
+    model = result.model
     note_fallback(model)
     for line in result.notes:
         note(line)
     nodes = cast("Session", model).nodes_by_provider() if profile else None
-    picture, failure = None, None
+    answer: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "preset": model.preset.name,
+        "dataset": result.dataset,
+        **({"folder": str(result.folder)} if result.folder else {}),
+        "device": model.device_name,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **figures(result),
+    }
+    files: dict[str, str | None] = {"plot": None, "predictions": None, "report": None}
+    failure = None
     try:
         if predictions:
             write_predictions(result, predictions)
-        picture = draw(result, plot, checkpoint)
+            files["predictions"] = str(predictions)
+        if report:
+            with status("writing the report"):
+                write_report(result, answer, report)
+            files["report"] = str(report)
+        files["plot"] = draw(result, plot, checkpoint)
     except OutputError as error:  # raised after the figures are shown
         failure = error
     if as_json:
-        per_class = dict(zip(model.classes, metrics.per_class(), strict=True))
-        figures = {"images": metrics.count, "loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
-        source = {"checkpoint": str(checkpoint), "dataset": result.dataset, "device": model.device_name}
-        source |= {"folder": str(result.folder)} if result.folder else {}
-        profiled = {"nodes": nodes} if nodes else {}
-        files: dict[str, Any] = {"plot": str(picture) if picture else None}
-        if failure:
-            files = {"error": {"code": failure.exit_code, "message": str(failure)}}
-        print_json("eval", **source, **figures, per_class=per_class, **counts(metrics.confusion), **profiled, **files)
+        profiled: dict[str, Any] = {"nodes": nodes} if nodes else {}
+        failed = {"error": {"code": failure.exit_code, "message": str(failure)}} if failure else {}
+        print_json("eval", **answer, **profiled, **files, **failed)
     else:
         show(result)
         if nodes:
             say(nodes_line(nodes))
-        if picture:
-            note(f"confusion matrix: {picture}")
+        for name, written in files.items():
+            if written:
+                note(f"{'confusion matrix' if name == 'plot' else name}: {written}")
     if failure:
         raise failure
 
 
-def draw(result: "Evaluation", plot: Path | None, checkpoint: Path) -> Path | None:
+def draw(result: "Evaluation", plot: Path | None, checkpoint: Path) -> str | None:
     """Draw the confusion matrix into `plot`, else beside the checkpoint; where that cannot be written, None and a note.
 
     OutputError if `plot` cannot be written.
@@ -136,15 +156,7 @@ def draw(result: "Evaluation", plot: Path | None, checkpoint: Path) -> Path | No
             raise
         note(f"no picture of the confusion matrix: {error.what}")
         return None
-    return path
-
-
-def counts(confusion: "Tensor") -> dict[str, Any]:
-    """The confusion matrix for JSON; of a sparse one (true class, predicted class, images)."""
-    if not confusion.is_sparse:
-        return {"confusion": confusion.tolist()}
-    pairs = zip(*confusion.indices().tolist(), confusion.values().tolist(), strict=True)
-    return {"confusion_pairs": list(pairs)}
+    return str(path)
 
 
 def show(result: "Evaluation") -> None:
@@ -168,13 +180,14 @@ def show(result: "Evaluation") -> None:
 
 
 def write_predictions(result: "Evaluation", path: Path) -> None:
-    """Write a line for each image: its name, its label and the predicted class."""
-    classes = result.model.classes
-    labels, predicted = result.metrics.labels.tolist(), result.metrics.predictions.tolist()
+    """Write a line for each image: its name, its label, the predicted class, and the probabilities of both."""
+    classes, metrics = result.model.classes, result.metrics
+    columns = (metrics.labels, metrics.predictions, metrics.confidences, metrics.label_probabilities)
+    rows = zip(result.images, *(column.tolist() for column in columns), strict=True)
     with replacing(path) as binary:
         file = io.TextIOWrapper(binary, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
         writer = csv.writer(file)
-        writer.writerow(["image", "label", "predicted"])
-        for name, label, prediction in zip(result.images, labels, predicted, strict=True):
-            writer.writerow([name, classes[label], classes[prediction]])
+        writer.writerow(["image", "label", "predicted", "probability", "probability_of_label"])
+        for name, label, prediction, *probabilities in rows:
+            writer.writerow([name, classes[label], classes[prediction], *probabilities])
         file.detach()

@@ -39,7 +39,12 @@ def explain(
             show_default="the centre",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="PNG file to write.", show_default="IMAGE-explained.png")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG or HTML file to write.", show_default="IMAGE-explained.png, or .html")
+    ] = None,
+    as_html: Annotated[
+        bool, typer.Option("--html", help="Write a page to touch: what each patch chose, and where it looks.")
+    ] = False,
     precision: ModelPrecision = None,
     force: Force = False,
     as_json: Json = False,
@@ -53,9 +58,11 @@ def explain(
     check_source(image, dataset, data_dir, split, index)
     index = index or 0
     name = image.stem if image else f"{(dataset or '').partition(':')[0]}-{index}"
-    out = out or Path(f"{name}-explained.png")
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"--out {out} does not end in .png", "choose a .png file")
+    suffix = ".html" if as_html else ".png"
+    out = out or Path(f"{name}-explained{suffix}")
+    if out.suffix.lower() != suffix:
+        other = "" if as_html else ", or add --html for a page"
+        raise UsageError(f"--out {out} does not end in {suffix}", f"choose a {suffix} file{other}")
     point = None
     if at is not None:
         numbers = at.split(",")
@@ -73,6 +80,7 @@ def explain(
         from lsag.inference.classifier import Classifier
         from lsag.inference.explain import explain as run
         from lsag.plots import draw_explanation
+        from lsag.report import write_explanation
 
     with status("opening the model"):
         classifier = Classifier(load_checkpoint(checkpoint), precision=precision or "fp32")
@@ -85,7 +93,8 @@ def explain(
                 raise UsageError(f"--index {index} is beyond the {len(source):,} images", "the first is --index 0")
             shown, pixels = source.name(index), source.load(index)[0]
         found = run(classifier, pixels, point=point)
-        draw_explanation(found, out, title=f"{classifier.preset.name}: {shown}")
+        write = write_explanation if as_html else draw_explanation
+        write(found, out, title=f"{classifier.preset.name}: {shown}")
     if as_json:
         shares = [
             [*shift, share] for shift, share in zip(found.shifts, found.local.mean(dim=(0, 2, 3)).tolist(), strict=True)

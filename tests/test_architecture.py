@@ -17,7 +17,7 @@ LEVELS = (
     ("model", "data"),
     ("checkpoint", "distributed", "timm_models"),
     ("inference", "convert"),
-    ("training", "paper", "runtime", "hub"),
+    ("training", "paper", "runtime", "hub", "report"),
     ("bench",),
     ("lsag_cli",),
 )

@@ -6,7 +6,7 @@ import torch
 
 import lsag.plots
 from lsag.inference.explain import Explanation
-from lsag.plots import _shift_color, draw_bench, draw_confusion, draw_curves, draw_explanation, draw_table
+from lsag.plots import draw_bench, draw_confusion, draw_curves, draw_explanation, draw_table, shift_colors
 
 SHIFTS = ((0, 0), (1, 0), (0, 1), (-1, 0), (0, -1))
 
@@ -71,6 +71,7 @@ def test_uniform_attention_looks_like_no_choice(drawn, tmp_path):
         shifts=SHIFTS,
         local=torch.full((2, 5, 4, 4), 1 / 5),
         stages=(torch.full((2, 4, 4), 1 / 16), torch.eye(4).reshape(1, 4, 4) / 4, None),
+        looks=(torch.ones(16, 4, 4), torch.ones(4, 2, 2), None),
         point=(5, 2),
         classes=(("a very long name of a class " * 3, 0.9), ("another", 0.1)),
     )
@@ -94,7 +95,7 @@ def test_colours_of_shifts_are_ordered_by_their_brightness():
     """Once up and once down around the wheel, which no colour blindness hides."""
     turns = [2 * math.pi * step / 32 for step in range(32)]
     ring = [(round(1000 * math.cos(turn)), round(1000 * math.sin(turn))) for turn in turns]
-    colors = torch.tensor([_shift_color(shift, ring) for shift in ring], dtype=torch.float64)
+    colors = shift_colors(ring).double()
     brightness = colors @ torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64)
     rising = (brightness > brightness.roll(1)).tolist()
     assert sum(now != before for now, before in zip(rising, [rising[-1], *rising], strict=False)) == 2

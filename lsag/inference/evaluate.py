@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lsag.config import Precision
 from lsag.data.loading import batches, choose_workers, eval_loader
-from lsag.data.sources import number_as
+from lsag.data.sources import Source, number_as
 from lsag.data.splits import open_for
 from lsag.distributed.world import SINGLE, World
 from lsag.errors import InputError
@@ -30,7 +30,10 @@ MAX_DENSE = 1000
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics over `count` images; `labels` and `predictions` are their classes."""
+    """Metrics over `count` images; `labels` and `predictions` are their classes.
+
+    `confidences` are the probabilities of the predictions, `losses` the cross-entropies in nats, float32 (count,).
+    """
 
     count: int
     loss: float
@@ -39,6 +42,13 @@ class Metrics:
     num_classes: int
     labels: Tensor
     predictions: Tensor
+    confidences: Tensor
+    losses: Tensor
+
+    @property
+    def label_probabilities(self) -> Tensor:
+        """The probability that the model gives to the label of each image, (count,)."""
+        return (-self.losses).exp()
 
     @property
     def confusion(self) -> Tensor:
@@ -63,7 +73,8 @@ class Metrics:
 class Evaluation:
     """Metrics of `model` on a dataset; `images` names each image in the order of `metrics.predictions`.
 
-    `folder` is that of the split, of a dataset in folders; `notes` are for a person to read.
+    `source` has the images themselves. `folder` is that of the split, of a dataset in folders; `notes` are for a person
+    to read.
     """
 
     metrics: Metrics
@@ -71,6 +82,7 @@ class Evaluation:
     dataset: str
     folder: Path | None
     images: list[str]
+    source: Source
     notes: tuple[str, ...]
 
 
@@ -90,11 +102,12 @@ def evaluate(
     metrics of all ranks. The loss is the mean cross-entropy in nats; top-1 and top-5 are in 0..1 (with fewer than five
     classes, top-5 is 1). `on_batch` is called with the number of images in each batch, equally often on every rank.
     """
-    # For each image its label, its prediction and whether the label is in the top five; for each batch its loss. What
-    # other ranks compute stays zero here, so that the sum over the ranks is exact, and the same for any number of them.
+    # For each image its label, its prediction and whether the label is in the top five, then the log-probabilities of
+    # prediction and label; for each batch its loss. What other ranks compute stays zero here, so that the sum over the
+    # ranks is exact, and the same for any number of them.
     num_batches = math.ceil(count / batch_size)
     labels, predictions, in_top5 = torch.zeros(3, count, dtype=torch.int64)
-    losses = torch.zeros(num_batches, dtype=torch.float64)
+    log_probabilities, losses = torch.zeros(2, count), torch.zeros(num_batches, dtype=torch.float64)
     loading = batches(loader)
     for index in range(world.rank, math.ceil(num_batches / world.size) * world.size, world.size):
         if index < num_batches:
@@ -106,8 +119,10 @@ def evaluate(
             here = slice(index * batch_size, index * batch_size + len(truth))
             labels[here], predictions[here] = truth, ranked[:, 0]
             in_top5[here] = (ranked == truth[:, None]).any(dim=1).long()
+            log_probabilities[:, here] = logits.log_softmax(dim=1).gather(1, torch.stack([ranked[:, 0], truth], 1)).T
         if on_batch:
             on_batch(len(truth) if index < num_batches else 0)
+    of_predictions, of_labels = world.total_tensor(log_probabilities)
     labels, predictions, in_top5 = world.total_tensor(torch.stack([labels, predictions, in_top5]))
     return Metrics(
         count=count,
@@ -117,6 +132,8 @@ def evaluate(
         num_classes=num_classes,
         labels=labels,
         predictions=predictions,
+        confidences=of_predictions.exp(),
+        losses=-of_labels,
     )
 
 
@@ -170,4 +187,4 @@ def evaluate_file(
     if not math.isfinite(metrics.loss):
         raise InputError(f"{path} gives outputs that are not finite", "train or export it again")
     names = [source.name(index) for index in range(len(source))]
-    return Evaluation(metrics, model, dataset, folder, names, source.notes)
+    return Evaluation(metrics, model, dataset, folder, names, source, source.notes)

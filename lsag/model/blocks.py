@@ -235,11 +235,11 @@ class GlobalAttention(Attention):
         out = attention(query, key, value).unflatten(2, (num_tokens, group)).flatten(3)
         return self.proj(out.squeeze(1) if self.num_kv_heads == 1 else out.transpose(1, 2).flatten(2))
 
-    def attention_weights(self, x: Tensor, token: int) -> Tensor:
-        """How much each head of one token attends to each token: (B, N, D) -> (B, H, N)."""
-        query = self.q(x[:, token]).unflatten(1, (self.num_kv_heads, -1, self.head_dim)) * self.head_dim**-0.5
+    def attention_weights(self, x: Tensor, tokens: slice) -> Tensor:
+        """How much each head of Q of the tokens attends to each token: (B, N, D) -> (B, H, Q, N)."""
+        query = self.q(x[:, tokens]).unflatten(2, (self.num_kv_heads, -1, self.head_dim)) * self.head_dim**-0.5
         key = self.kv(x).unflatten(2, (2, self.num_kv_heads, self.head_dim))[:, :, 0]
-        return torch.einsum("bkgd,bnkd->bkgn", query, key).flatten(1, 2).softmax(dim=-1)
+        return torch.einsum("bqkgd,bnkd->bkgqn", query, key).flatten(1, 2).softmax(dim=-1)
 
 
 class MLP(nn.Sequential):

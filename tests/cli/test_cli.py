@@ -79,10 +79,12 @@ def test_eval_export_and_eval_of_the_export_agree(trained, lsag):
     second = lsag("eval", folder / "runs/first/best.onnx", "--json", "--predictions", "b.csv", cwd=folder)
     result = json.loads(second.stdout)
     assert result["images"] == 360 and result["device"].startswith("OpenVINO")
-    rows = list(csv.reader((folder / "a.csv").open()))
-    assert rows == list(csv.reader((folder / "b.csv").open()))
-    assert rows[0] == ["image", "label", "predicted"] and len(rows) == 361
-    assert result["top1"] == sum(label == guess for _, label, guess in rows[1:]) / 360
+    rows, others = (list(csv.reader((folder / name).open())) for name in ("a.csv", "b.csv"))
+    assert [row[:3] for row in rows] == [row[:3] for row in others] and len(rows) == 361
+    assert rows[0] == ["image", "label", "predicted", "probability", "probability_of_label"]
+    for row, other in zip(rows[1:], others[1:], strict=True):
+        assert [*map(float, row[3:])] == pytest.approx([*map(float, other[3:])], abs=1e-5)
+    assert result["top1"] == sum(label == guess for _, label, guess, *_ in rows[1:]) / 360
     assert np.trace(result["confusion"]) == round(result["top1"] * 360)
     assert_refused(lsag("export", "--onnx", cwd=folder), 6, "best.onnx exists", "--force")
 
@@ -314,10 +316,11 @@ def test_files_that_exist_are_not_written_over(lsag, tmp_path):
     writers = {
         "--plot": (["eval", "absent.pt"], ["bench", "digits-nano"]),
         "--predictions": (["eval", "absent.pt"],),
+        "--report": (["eval", "absent.pt"],),
         "--csv": (["predict", "absent.pt", "."],),
     }
     for option, commands in writers.items():
-        suffix = ".png" if option == "--plot" else ".csv"
+        suffix = {"--plot": ".png", "--report": ".html"}.get(option, ".csv")
         old, pipe = tmp_path / f"old{suffix}", tmp_path / f"pipe{suffix}"
         old.write_text("mine")
         os.mkfifo(pipe)
@@ -333,13 +336,13 @@ def test_files_that_exist_are_not_written_over(lsag, tmp_path):
 
 def test_force_writes_over_files(trained, lsag, tmp_path):
     best = trained[0] / "runs/first/best.pt"
-    files = ("a.png", "a.csv", "b.csv", "c.png", "d.safetensors")
+    files = ("a.png", "a.csv", "a.html", "b.csv", "c.png", "d.safetensors")
     for name in files:
         (tmp_path / name).write_text("old")
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     bench = ["bench", "digits-nano", "--rounds", "1", "--batch", "1", "--device", "cpu", "--plot", "c.png"]
     for command in (
-        ["eval", best, "--plot", "a.png", "--predictions", "a.csv"],
+        ["eval", best, "--plot", "a.png", "--predictions", "a.csv", "--report", "a.html"],
         ["predict", best, "image.png", "--csv", "b.csv"],
         ["export", best, "--safetensors", "--out", "d.safetensors"],
         bench,
@@ -650,7 +653,7 @@ def test_a_shell_without_memory_or_a_folder_is_told_so(tmp_path, shell, words):
 
 
 @pytest.mark.slow
-def test_presets_travel_in_the_wheel(tmp_path):
+def test_presets_and_pages_travel_in_the_wheel(tmp_path):
     pip = [sys.executable, "-m", "pip"]
     subprocess.run(
         [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
@@ -661,6 +664,7 @@ def test_presets_travel_in_the_wheel(tmp_path):
     subprocess.run(
         [*pip, "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel], check=True, capture_output=True
     )
+    assert len(list(tmp_path.glob("site/lsag/report_files/*.html"))) == 3
     done = subprocess.run(
         [sys.executable, "-m", "lsag_cli", "flops", "--json"],
         cwd=tmp_path,

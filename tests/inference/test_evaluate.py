@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 import lsag.inference.evaluate as module
 from lsag.errors import InputError
 from lsag.inference.evaluate import Metrics, evaluate
-from lsag_cli.evaluate import counts
+from lsag.inference.figures import counts
 from lsag_cli.evaluate import evaluate as command
 from tests.conftest import TINY, assert_refused
 
@@ -30,6 +30,10 @@ def test_metrics_are_those_of_the_definition():
     assert metrics.top1 == (order[:, 0] == labels).sum().item() / 23
     assert metrics.top5 == sum(label in row[:5] for label, row in zip(labels, order, strict=True)) / 23
     assert torch.equal(metrics.predictions, order[:, 0]) and torch.equal(metrics.labels, labels)
+    probabilities = logits.softmax(dim=1)
+    torch.testing.assert_close(metrics.confidences, probabilities.max(dim=1).values)
+    torch.testing.assert_close(metrics.label_probabilities, probabilities[torch.arange(23), labels])
+    torch.testing.assert_close(metrics.losses, F.cross_entropy(logits, labels, reduction="none"))
     for i in range(7):
         for j in range(7):
             assert metrics.confusion[i, j] == ((labels == i) & (order[:, 0] == j)).sum()
@@ -47,15 +51,15 @@ def test_the_confusion_of_many_classes_grows_with_the_images():
     """That of ImageNet's 21,841 classes would take 3.8 GB."""
     classes, labels = 21_841, torch.tensor([0, 21_840, 7, 7, 7])
     predictions = torch.tensor([0, 3, 7, 8, 8])
-    metrics = Metrics(5, 0.0, 0.4, 0.4, classes, labels, predictions)
+    metrics = Metrics(5, 0.0, 0.4, 0.4, classes, labels, predictions, torch.ones(5), torch.zeros(5))
     assert metrics.confusion.is_sparse and metrics.confusion.shape == (classes, classes)
-    assert counts(metrics.confusion) == {"confusion_pairs": [(0, 0, 1), (7, 7, 1), (7, 8, 2), (21_840, 3, 1)]}
+    assert counts(metrics.confusion) == [(0, 0, 1), (7, 7, 1), (7, 8, 2), (21_840, 3, 1)]
     assert metrics.images_per_class()[7] == 3 and metrics.per_class()[7] == pytest.approx(1 / 3)
 
 
 def test_sparse_and_dense_confusion_agree(monkeypatch):
     labels, predictions = torch.randint(0, 7, (2, 50), generator=torch.Generator().manual_seed(0))
-    metrics = Metrics(50, 0.0, 0.0, 0.0, 7, labels, predictions)
+    metrics = Metrics(50, 0.0, 0.0, 0.0, 7, labels, predictions, torch.ones(50), torch.zeros(50))
     dense = metrics.confusion
     monkeypatch.setattr(module, "MAX_DENSE", 6)
     assert torch.equal(metrics.confusion.to_dense(), dense) and not dense.is_sparse

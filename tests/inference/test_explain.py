@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from lsag import LSAG, load_preset
@@ -47,10 +46,10 @@ def test_weights_give_the_outputs(checkpoint):
             else:
                 assert isinstance(attention, GlobalAttention)
                 x = torch.randn(2, 6, dim)
-                weights = attention.attention_weights(x, 4)  # (B, H, N)
+                weights = attention.attention_weights(x, slice(4, 6))  # (B, H, 2, N)
                 values = attention.kv(x).unflatten(-1, (2, attention.num_kv_heads, -1))[:, :, 1]
-                out = torch.einsum("bhn,bnhd->bhd", weights, values.repeat_interleave(group, dim=2)).flatten(1)
-                torch.testing.assert_close(attention.proj(out), attention(x)[:, 4], rtol=1e-4, atol=1e-4)
+                out = torch.einsum("bhqn,bnhd->bqhd", weights, values.repeat_interleave(group, dim=2)).flatten(2)
+                torch.testing.assert_close(attention.proj(out), attention(x)[:, 4:6], rtol=1e-4, atol=1e-4)
 
 
 def test_the_shares_are_those_of_the_variants_that_the_model_sees(checkpoint, picture):
@@ -85,7 +84,7 @@ def test_the_token_is_the_one_at_the_point(checkpoint, picture, monkeypatch):
     monkeypatch.setattr(
         GlobalAttention,
         "attention_weights",
-        lambda self, x, token: F.one_hot(torch.tensor(token), x.shape[1]).float()[None, None],
+        lambda self, x, tokens: torch.eye(x.shape[1])[tokens][None, None],
     )
     found = explain(Classifier(checkpoint), picture, point=(11, 3))
     places = [tuple((stage[0] == 1).nonzero()[0].tolist()) for stage in found.stages]

@@ -394,7 +394,8 @@ for size in (1, 2, 3, 4):
                 world=World(rank, size), on_batch=heard.append,
             )
             line = f"{metrics.count} {metrics.loss.hex()} {metrics.top1} {metrics.top5} {metrics.confusion.tolist()}"
-            open(f"rank-{size}-{rank}", "w").write(f"{line} {metrics.predictions.tolist()}|{len(heard)}")
+            images = [part.tolist() for part in (metrics.predictions, metrics.confidences, metrics.losses)]
+            open(f"rank-{size}-{rank}", "w").write(f"{line} {images}|{len(heard)}")
             os._exit(0)
     for rank in range(size):
         assert os.wait()[1] == 0
