@@ -24,6 +24,7 @@ from pydantic import (
     Strict,
     Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -271,6 +272,15 @@ class DataConfig(Frozen):
     """How far classes are evened out in training: one of n images has a share of an epoch in proportion to
     n^(1 - balance). 0: each image once; 1: each class equally often."""
 
+    @field_validator("dataset")
+    @classmethod
+    def _is_a_dataset(cls, name: str) -> str:
+        try:
+            parse_dataset(name)
+        except UsageError as error:
+            raise ValueError(f"{error.what}; {error.fix}") from None
+        return name
+
     @property
     def shards_at_once(self) -> int:
         """N of the shuffle "shards:N"; 0 if all images are shuffled."""
@@ -278,12 +288,10 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        try:
-            parse_dataset(self.dataset)
-        except UsageError as error:
-            raise ValueError(f"{error.what}; {error.fix}") from None
         if self.val_split and self.dataset in DATASETS:
-            raise ValueError(f"{self.dataset} has a split for evaluation; val_split is for images of your own")
+            raise ValueError(
+                f"val_split is for images of your own, {self.dataset} has a split for evaluation; add --dataset folder"
+            )
         if self.balance and self.shards_at_once:
             raise ValueError(
                 f"balance {self.balance:g} draws from all images, shuffle {self.shuffle} from a few shards at a time; "

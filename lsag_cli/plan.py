@@ -114,7 +114,7 @@ def show_figures(preset: Preset, plan: dict[str, Any]) -> None:
     """What the settings amount to, a line for each figure."""
     recipe, steps = preset.train, plan["steps_per_epoch"]
     devices, slices = counted(plan["processes"], "device"), counted(plan["accum"], "slice")
-    of_steps = "as many steps as the images make batches" if steps is None else counted(steps, "step")
+    of_steps = "as many steps as the images fill batches" if steps is None else counted(steps, "step")
     say("")
     say(f"parameters       {plan['parameters']:,}")
     say(f"MACs per image   {operations(plan['macs'])}, {operations(plan['macs_run'])} executed")

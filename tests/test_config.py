@@ -72,7 +72,7 @@ def test_override_values_are_toml_or_else_text(text, expected):
         ({"train.epochs": 2, "train.warmup_epochs": 3}, ["--set train.warmup_epochs=0"]),
         ({"train.freeze": 5}, ["train.freeze 5 is more than the 4 stages"]),
         ({"train.layer_decay": 0}, ["train.layer_decay"]),
-        ({"data.val_split": 0.2}, ["val_split is for folders of images", "--dataset folder"]),
+        ({"data.val_split": 0.2}, ["val_split is for images of your own", "--dataset folder"]),
         ({"data.val_split": 1}, ["data.val_split"]),
         ({"data.shuffle": "shards:0"}, ["data.shuffle", "'shards:0'"]),
         ({"data.shuffle": "none"}, ["data.shuffle", "full|shards:"]),

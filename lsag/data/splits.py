@@ -4,7 +4,8 @@ from pathlib import Path
 
 from lsag.config import DATASETS, DatasetSpec, Preset, default_data_dir, parse_dataset
 from lsag.data.arrays import cifar, digits
-from lsag.data.folders import FolderSource, is_folder
+from lsag.data.class_folders import FolderSource
+from lsag.data.folders import is_folder
 from lsag.data.sources import EncodedSource, Source
 from lsag.errors import InputError, UsageError
 

@@ -144,7 +144,7 @@ def test_a_plan_counts_the_images_of_a_folder(lsag, folder):
     assert "8 training, 4 evaluation" in shown and "10 epochs of 2 steps" in shown
     assert re.search(r"total time +about \d+ s with evaluation, without loading", shown)
     elsewhere = lsag(*asked, "--data-dir", "elsewhere")
-    assert elsewhere.returncode == 0 and "as many steps as the folder has batches" in elsewhere.stdout
+    assert elsewhere.returncode == 0 and "as many steps as the images fill batches" in elsewhere.stdout
     assert elsewhere.stderr.startswith("images are not counted: no image folder in elsewhere/")
 
 
@@ -223,7 +223,7 @@ REFUSED = {
     "classes of a folder": (
         ["train", "--dataset", "folder", "--set", "model.num_classes=7"],
         2,
-        ["as many classes as folders"],
+        ["have their number of classes"],
     ),
     "set twice": (["train", "--epochs", "5", "--set", "train.epochs=6"], 2, ["train.epochs is set twice"]),
     "a plan that cannot be": (["train", "--dry-run", "--set", "train.batch_size=2000"], 2, ["1,437", "2000"]),
@@ -236,7 +236,7 @@ REFUSED = {
     "a split of what is split": (
         ["train", "--val-split", "0.2"],
         2,
-        ["for folders of images, not digits", "--dataset folder"],
+        ["for images of your own, digits has a split", "--dataset folder"],
     ),
     "all held out": (["train", "--val-split", "1"], 2, ["--val-split", "0.99"]),
     "unknown dataset": (["train", "--dataset", "mnist"], 2, ["data.dataset", "'mnist'"]),

@@ -172,7 +172,7 @@ def test_recomputation_is_timm_s():
 
 def test_explain_is_for_lsag():
     with pytest.raises(UsageError, match=r"chooses no shifts \(it is a timm model\)"):
-        explain(random_checkpoint(cifar("resnet10t")), None)
+        explain(Classifier(random_checkpoint(cifar("resnet10t"))), None)
 
 
 @pytest.mark.parametrize("ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])

@@ -191,7 +191,7 @@ def test_folders_bring_their_classes(tmp_path, tiny_preset):
     assert checkpoint.classes == ("digit-0", "digit-1", "digit-2") and checkpoint.preset.model.num_classes == 3
     (tmp_path / "data/val/digit-1").rename(tmp_path / "data/val/digit-9")
     words = (
-        "does not know 'digit-9' of the evaluation split, which lacks 'digit-1' — give both splits folders of the same"
+        "does not know 'digit-9' of the evaluation split, which lacks 'digit-1' — give both splits images of the same"
     )
     with pytest.raises(InputError, match=words):
         list(train(preset, TrainOptions(data_dir=tmp_path / "data", out=tmp_path / "again", device="cpu")))

@@ -87,7 +87,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, preset, options, em
     "changes", [{"data.shuffle": "shards:3", "train.class_weights": "inverse"}, {"data.balance": 0.5}]
 )
 def test_a_resumed_run_draws_the_images_that_were_left(tmp_path, preset, monkeypatch, changes):
-    monkeypatch.setattr("lsag.data.sources.ArraySource.shards", np.arange(1437, dtype=np.int32) // 90)
+    monkeypatch.setattr("lsag.data.arrays.ArraySource.shards", np.arange(1437, dtype=np.int32) // 90)
     preset = changed(preset, {**changes, "train.epochs": 1})
     run(preset, tmp_path / "whole")
     stop_after(preset, tmp_path / "parts", 9)
