@@ -19,6 +19,7 @@ from lsag.inference.export import export_onnx
 from lsag.inference.predict import predict
 from lsag_cli.predict import matching
 from tests.conftest import assert_refused, randomise
+from tests.layouts import as_table
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,31 @@ def test_images_are_read_a_few_batches_at_a_time(model, folder):
     found = predict(open_model(model, device="cpu"), paths, batch_size=4)
     next(found)
     assert len(asked) <= 12
+
+
+def test_images_of_a_dataset_are_classified_and_explained(lsag, model, folder):
+    dataset = ["--dataset", as_table(folder, folder)]
+    files = json.loads(lsag("predict", model, *sorted(folder.glob("val/*/*")), "--json").stdout)["predictions"]
+    assert json.loads(lsag("predict", model, *dataset, "--json").stdout)["predictions"] == files
+    found = json.loads(lsag("predict", model, *dataset, "--split", "train", "--json").stdout)["predictions"]
+    assert len(found) == 8 and found[0]["image"] == str(folder / "train/cat/0.png")
+    (folder / "val/cat/1.png").write_bytes(b"broken")
+    assert "not an image" in lsag("predict", model, *dataset).stdout
+
+    assert lsag("explain", model, *dataset, "--index", "3").returncode == 0
+    assert lsag("explain", model, folder / "val/dog/1.png", "--out", "file.png").returncode == 0
+    drawn = [np.asarray(Image.open(folder / name)) for name in ("list-3-explained.png", "file.png")]
+    assert drawn[0].shape == drawn[1].shape
+    for arguments, code, words in (
+        (["predict", model], 2, "give either images or --dataset"),
+        (["predict", model, "a.png", *dataset], 2, "give either images or --dataset"),
+        (["predict", model, "a.png", "--split", "val"], 2, "are for --dataset"),
+        (["explain", model, "a.png", "--index", "1"], 2, "are for --dataset"),
+        (["explain", model, *dataset, "--index", "4"], 2, "--index 4 is beyond the 4 images"),
+        (["predict", model, "--dataset", "nothing"], 2, "unknown dataset 'nothing'"),
+        (["predict", model, "--dataset", "list:none.csv"], 3, "cannot read none.csv: No such file"),
+    ):
+        assert_refused(lsag(*arguments), code, words)
 
 
 def test_a_checkpoint_and_its_graph_agree(lsag, model, folder):
