@@ -101,7 +101,7 @@ def open_tar(spec: DatasetSpec, data_dir: Path, mode: str, *, train: bool, split
             raise InputError(f"{path} is compressed, so that no image can be read on its own", "decompress it")
     index = indexed(shards, image=spec.settings.get("image"), label=spec.settings.get("label"))
     where = shards[0] if len(shards) == 1 else f"{shards[0]} ... {shards[-1]}"
-    classes, labels = classified(index.words, index.code, known=_known_classes(spec, data_dir, shards), where=where)
+    classes, labels = classified(index.words, index.code, known=_known_classes(spec, data_dir, index), where=where)
     return TarSource(index, labels, classes, mode=mode, train=train)
 
 
@@ -133,14 +133,19 @@ def _shards(spec: DatasetSpec, data_dir: Path, *, train: bool, split: str | None
     return shards
 
 
-def _known_classes(spec: DatasetSpec, data_dir: Path, shards: Sequence[str]) -> list[str]:
-    """The names of the classes, one in each line of the file that is named, or of classes.txt beside the shards."""
+def _known_classes(spec: DatasetSpec, data_dir: Path, index: Index) -> list[str]:
+    """The names of the classes, one in each line of the file that is named.
+
+    For labels that are numbers, by default of classes.txt beside the shards or in the folder above.
+    """
+    shard = index.shards[0]
     if given := spec.settings.get("classes"):
         path = seen_from(data_dir, given)
+    elif is_url(shard) or not all(word.isdecimal() for word in index.words):
+        return []
     else:
-        folder = shards[0].rpartition("/")[0]
-        beside = [os.path.join(folder, name) for name in CLASS_FILES]  # noqa: PTH118
-        path = next((path for path in beside if not is_url(path) and os.path.isfile(path)), "")  # noqa: PTH113
+        above = Path(shard).absolute().parents[:2]
+        path = next((str(folder / name) for folder in above for name in CLASS_FILES if (folder / name).is_file()), "")
         if not path:
             return []
     names = [line.strip() for line in read(path).decode("utf-8-sig", "surrogateescape").splitlines() if line.strip()]

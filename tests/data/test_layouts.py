@@ -135,6 +135,9 @@ def test_labels_are_numbers_or_names(folder):
     names.write_text("\n".join(f"name {number}" for number in range(11)))
     source = opened(f"tar:{shard}")
     assert len(source.classes) == 11 and source.labels.tolist() == [int(label) for label in labels]
+    names.rename(folder / "classnames.txt")
+    assert opened(f"tar:{shard}").classes == source.classes
+    assert opened(as_webdataset(folder, folder)).classes == ["cat", "dog"], "which are no numbers"
     (folder / "few.txt").write_text("a\nb\n")
     with pytest.raises(InputError, match=r"has the label '10', '2', which is no class"):
         opened(f"tar:{shard},classes={folder}/few.txt")

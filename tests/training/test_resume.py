@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 from lsag import LSAG, load_checkpoint, load_preset
 from lsag.data.loading import EpochBatches, batches, train_loader
 from lsag.data.splits import open_split
-from lsag.errors import CheckError, InputError, OutputError, UsageError
+from lsag.errors import CheckError, InputError, OutputError, UnreachableError, UsageError
 from lsag.training.events import Epoch, Finished
 from tests.conftest import (
     TINY,
@@ -29,7 +30,7 @@ from tests.conftest import (
     table,
     weights,
 )
-from tests.layouts import LAYOUTS
+from tests.layouts import LAYOUTS, as_table
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,34 @@ def test_a_run_is_resumed_to_the_same_bits_from_every_layout(preset, folder, mon
     stop_after(small, folder / "run", 2, workers=2)
     run(small, folder / "run", resume=True)
     assert_equal(weights(folder / "run"), weights(folder / "plain"))
+
+
+def test_a_lost_connection_saves_what_is_done_and_breaks_no_image(preset, folder, monkeypatch):
+    as_table(folder, folder)
+    memory = fsspec.filesystem("memory")
+    for path in [*folder.rglob("*.png"), folder / "images.csv"]:
+        memory.pipe_file(f"/lost/{path.relative_to(folder)}", path.read_bytes())
+    small = changed(preset, {"data.dataset": "list:memory://lost/images.csv", "train.batch_size": 4})
+    run(small, folder / "whole")
+    read, left = type(memory).cat_file, 25
+
+    def dying(*arguments, **options):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ConnectionResetError("Connection reset by peer")
+        return read(*arguments, **options)
+
+    monkeypatch.setattr("lsag.data.storage.WAITS", (0.0,))
+    with monkeypatch.context() as lost:
+        lost.setattr(type(memory), "cat_file", dying)
+        with pytest.raises(UnreachableError, match=r"cannot reach memory://lost/.*png: Connection reset by peer"):
+            run(small, folder / "run", skip_broken=True)
+    assert losses(folder / "run") and not (folder / "run/broken.txt").exists()
+    assert newest(folder / "run").name == f"step-{len(losses(folder / 'run')):010}.pt"
+    run(small, folder / "run", resume=True)
+    assert_equal(weights(folder / "run"), weights(folder / "whole"))
+    memory.rm("/lost", recursive=True)
 
 
 def test_broken_images_are_listed_also_when_the_training_is_stopped(lsag, folder):
