@@ -75,6 +75,7 @@ def test_the_page_holds_the_figures_of_json(evaluated):
     assert all(len(one["looks"]) == 3 and one["shifts"] and one["strongest"] for one in data["mistakes"])
 
 
+@pytest.mark.slow
 def test_a_graph_is_reported_without_explanations(evaluated, lsag):
     folder, answer = evaluated
     assert lsag("export", "a.pt", "--onnx", cwd=folder).returncode == 0

@@ -15,6 +15,7 @@ from lsag.checkpoint import load_checkpoint, random_checkpoint, save_checkpoint,
 from lsag.config import parse_spec
 from lsag.errors import CheckError, InputError, UsageError
 from lsag.hub import Classifier
+from lsag.inference import classifier
 from lsag.inference.explain import explain
 from lsag.inference.export import export_onnx
 from lsag.model.build import build_model, check_training, count_model, set_recompute, timm_model
@@ -172,7 +173,7 @@ def test_recomputation_is_timm_s():
 
 def test_explain_is_for_lsag():
     with pytest.raises(UsageError, match=r"chooses no shifts \(it is a timm model\)"):
-        explain(Classifier(random_checkpoint(cifar("resnet10t"))), None)
+        explain(classifier.Classifier(random_checkpoint(cifar("resnet10t"))), None)
 
 
 @pytest.mark.parametrize("ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
