@@ -98,7 +98,7 @@ class EncodedSource(ABC):
 
     @abstractmethod
     def size(self, row: int) -> int:
-        """Bytes of the encoded image, 0 if that cannot be told."""
+        """Bytes of the encoded image; sys.maxsize if that cannot be told without reading it from afar."""
 
     def name(self, index: int) -> str:
         return seen_from(self.where, self.names[int(self.rows[index])])

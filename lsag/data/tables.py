@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,7 +11,7 @@ import numpy as np
 
 from lsag.config import DatasetSpec
 from lsag.data.images import REPAIR, TRAINING_FIX, regular_file
-from lsag.data.sources import EVAL_SPLITS, PACK_BYTES, EncodedSource, Names, Words, classified
+from lsag.data.sources import EVAL_SPLITS, EncodedSource, Names, Words, classified
 from lsag.data.storage import is_url, read, seen_from
 from lsag.errors import InputError, UnavailableError, UsageError, first_line
 
@@ -31,7 +32,7 @@ class ListSource(EncodedSource):
 
     def size(self, row: int) -> int:
         path = seen_from(self.where, self.names[row])
-        return PACK_BYTES if is_url(path) else Path(path).stat().st_size
+        return sys.maxsize if is_url(path) else Path(path).stat().st_size
 
 
 def open_list(

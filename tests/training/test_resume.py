@@ -169,7 +169,7 @@ def test_a_lost_connection_saves_what_is_done_and_breaks_no_image(preset, folder
         memory.pipe_file(f"/lost/{path.relative_to(folder)}", path.read_bytes())
     small = changed(preset, {"data.dataset": "list:memory://lost/images.csv", "train.batch_size": 4})
     run(small, folder / "whole")
-    read, left = type(memory).cat_file, 25
+    read, left = type(memory).cat_file, 20
 
     def dying(*arguments, **options):
         nonlocal left
