@@ -110,6 +110,8 @@ def _shards(spec: DatasetSpec, data_dir: Path, *, train: bool, split: str | None
     wanted = (split,) if split else ("train",) if train else EVAL_SPLITS
     named = seen_from(data_dir, spec.what) if spec.what else str(data_dir)
     if not is_url(named) and is_folder(Path(named)):
+        if "val" in spec.settings:
+            raise UsageError(f"{named} is a folder of train/*.tar and val/*.tar", "remove ,val=, or name files")
         for name in wanted:
             if shards := expanded(f"{named}/{name}/*.tar"):
                 return shards

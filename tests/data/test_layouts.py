@@ -96,13 +96,17 @@ def test_shards_are_named_by_patterns(folder, monkeypatch):
         opened("tar:none*.tar")
     with pytest.raises(InputError, match=r"no tar files in .*: expected train/train/\*.tar — name them"):
         opened("tar:train")
+    with pytest.raises(UsageError, match=r"is a folder of train/\*.tar and val/\*.tar — remove ,val="):
+        opened(f"tar:{folder},val=other")
     with pytest.raises(InputError, match="names more than 100,000 files"):
         opened("tar:{0..9999999}.tar")
 
 
-def test_an_index_is_kept_until_a_file_changes(folder, caches, monkeypatch):
+def test_an_index_is_kept_until_a_file_changes(folder, caches, monkeypatch, caplog):
     dataset = as_webdataset(folder, folder)
+    monkeypatch.setattr("lsag.data.tar.REPORT_SECONDS", 0)
     before = contents(opened(dataset))
+    assert "indexing tar files, once: 2 of 3 done" in caplog.text
     monkeypatch.setattr("lsag.data.tar._scan", None)
     assert contents(opened(dataset)) == before
     monkeypatch.undo()
@@ -334,6 +338,13 @@ def test_files_of_no_dataset_in_particular_are_read(folder):
     assert contents(opened("hf:parquet", folder / "parquet")) == contents(opened("folder", folder))
     assert contents(opened("hf:imagefolder", folder)) == contents(opened("folder", folder))
     assert opened("hf:parquet", folder / "parquet").name(3) == "hf:parquet/train/3"
+    import datasets
+
+    datasets.load_dataset(f"{folder}/parquet")["train"].save_to_disk(str(folder / "saved"))
+    (folder / "arrow").mkdir()
+    for path in (folder / "saved").glob("*.arrow"):
+        path.rename(folder / "arrow" / f"train-{path.name}")
+    assert contents(opened("hf:arrow", folder / "arrow")) == contents(opened("folder", folder))
 
 
 def test_a_dataset_that_is_nowhere_is_one_error(folder, monkeypatch):
