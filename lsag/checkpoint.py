@@ -19,6 +19,7 @@ from lsag.data.sources import placeholder_classes
 from lsag.errors import CheckError, DamagedError, InputError, UsageError, is_out_of_memory
 from lsag.files import read_bytes, write_checked, writing
 from lsag.model.build import build_model
+from lsag.weights import card_of, model_file
 
 FORMAT = 1
 
@@ -101,13 +102,15 @@ def weights_digest(weights: Mapping[str, torch.Tensor], described: str = "") -> 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint or safetensors file written by lsag; the model is on the CPU and in evaluation mode.
 
-    All that is used of the file is checked against its checksums, and only plain data is read (`weights_only`). Raises
-    InputError for a file that is missing, damaged, of another kind, or in another format.
+    `path` may also be the name of a preset with trained weights. All that is used of the file is checked against its
+    checksums, and only plain data is read (`weights_only`). Raises InputError for a file that is missing, damaged, of
+    another kind, or in another format.
     """
     path = Path(path)
     if path.suffix == ".onnx":
         raise InputError(f"{path} is an exported graph, not a checkpoint", "use the checkpoint it was exported from")
-    contents = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    file = model_file(path)
+    contents = _read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
     if not isinstance(contents, dict) or contents.get("kind") != "lsag":
         kind = " (weights of another project? the authors' own: lsag convert)" if isinstance(contents, dict) else ""
         raise InputError(f"{path} is not an lsag checkpoint{kind}", "give a file written by lsag train or lsag convert")
@@ -150,7 +153,8 @@ def _read_safetensors(path: Path) -> Any:
         if "lsag" not in metadata:
             return {"model": weights}
         contents = {**json.loads(metadata["lsag"]), "model": weights}
-        same = metadata.get("lsag_sha256") == weights_digest(weights, metadata["lsag"])
+        digest, card = weights_digest(weights, metadata["lsag"]), card_of(path)
+        same = metadata.get("lsag_sha256") == digest and (card is None or card.digest == digest)
     except Exception as error:  # safetensors raises its own types, json others
         if is_out_of_memory(error):
             raise
@@ -158,7 +162,9 @@ def _read_safetensors(path: Path) -> Any:
             f"{path} is not a safetensors file, or is truncated or damaged", "use an undamaged file"
         ) from error
     if not same:
-        raise DamagedError(f"{path} is damaged, was changed or is older: its digest differs", "export it again")
+        raise DamagedError(
+            f"{path} is damaged, was changed or is older: its digest differs", "export it again, or install lsag again"
+        )
     return contents
 
 

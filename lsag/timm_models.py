@@ -1,6 +1,7 @@
 """The presets as models of timm: `import lsag.timm_models`, then `timm.create_model("lsag_cifar_tiny")`.
 
-They take timm's arguments `num_classes`, `in_chans`, `img_size`, `drop_path_rate` and `features_only`.
+They take timm's arguments `num_classes`, `in_chans`, `img_size`, `drop_path_rate` and `features_only`, and `pretrained`
+where trained weights come with lsag.
 """
 
 import sys
@@ -9,9 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from lsag.checkpoint import load_checkpoint
 from lsag.config import ModelConfig, in_one_line
 from lsag.errors import UsageError
-from lsag.model.build import ARGUMENTS
+from lsag.model.build import ARGUMENTS, resize_positions
 from lsag.model.network import LSAG
 from lsag.presets import load_preset, preset_names
 
@@ -78,17 +80,27 @@ def _build(variant: str, **arguments: Any) -> LSAG:
 
 
 def _register(variant: str) -> None:
-    def create(pretrained: bool = False, **arguments: Any) -> LSAG:
-        return build_model_with_cfg(
+    def fitting(weights: Any, model: LSAG) -> Any:
+        resize_positions(weights, _preset_model(PRESETS[variant]), model.config)
+        return weights
+
+    def create(pretrained: bool = False, **arguments: Any) -> Any:
+        if pretrained and not arguments.get("pretrained_cfg") and not arguments.get("pretrained_cfg_overlay"):
+            weights = load_checkpoint(PRESETS[variant]).model.state_dict()
+            arguments["pretrained_cfg_overlay"] = {"state_dict": weights}
+        model: Any = build_model_with_cfg(
             lambda **arguments: _build(variant, **arguments),
             variant,
             pretrained,
+            pretrained_filter_fn=fitting,
             feature_cfg={
                 "out_indices": tuple(range(len(_preset_model(PRESETS[variant]).stages))),
                 "feature_cls": "getter",
             },
             **arguments,
         )
+        model.pretrained_cfg.pop("state_dict", None)  # timm keeps it, beside the weights
+        return model
 
     create.__name__ = create.__qualname__ = variant
     create.__module__ = __name__

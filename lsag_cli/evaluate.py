@@ -38,7 +38,12 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or an exported .onnx graph.", show_default=False)],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint, an exported .onnx graph, or a preset with trained weights.", show_default=False
+        ),
+    ],
     dataset: Dataset = None,
     data_dir: DataDir = None,
     split: Split = None,

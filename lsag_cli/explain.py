@@ -22,7 +22,9 @@ from lsag_cli.output import percent, print_json, say, status
 
 
 def explain(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint, or a preset with trained weights.", show_default=False)
+    ],
     image: Annotated[Path | None, typer.Argument(help="An image file.", show_default=False)] = None,
     dataset: Annotated[str | None, typer.Option(help="In place of a file: a dataset, as for lsag eval.")] = None,
     index: Annotated[

@@ -12,6 +12,7 @@ from lsag.errors import InputError, UsageError
 from lsag.files import read_bytes
 from lsag.inference.providers import OPSETS, Opset
 from lsag.runs import BEST, RUNS, newest_run
+from lsag.weights import model_file
 from lsag_cli.options import (
     Force,
     Json,
@@ -29,7 +30,9 @@ from lsag_cli.output import note, print_json, say, show_status, status
 def export(
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(help="A checkpoint.", show_default="best.pt of the newest run in runs/"),
+        typer.Argument(
+            help="A checkpoint, or a preset with trained weights.", show_default="best.pt of the newest run in runs/"
+        ),
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX graph.")] = False,
     safetensors: Annotated[
@@ -78,7 +81,7 @@ def export(
         raise UsageError("a checkpoint has its own preset", "remove --preset and --set, or add --random-weights")
     else:
         checkpoint = checkpoint or newest_best()
-        read_bytes(checkpoint, what="checkpoint", size=0)
+        read_bytes(model_file(checkpoint), what="checkpoint", size=0)
         out = out or checkpoint.with_suffix(suffix)
     if out.suffix != suffix:
         raise UsageError(f"--out {out} does not end in {suffix}", f"choose a {suffix} file")

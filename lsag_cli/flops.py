@@ -8,8 +8,9 @@ from lsag.config import DATASETS, ModelConfig, Preset
 from lsag.errors import UsageError
 from lsag.model.flops import Count, count, count_stages
 from lsag.presets import preset_names
+from lsag.weights import cards
 from lsag_cli.options import Json, Model, Overrides, complete_preset, loading, read_preset
-from lsag_cli.output import mega, operations, print_json, say_prose, say_table
+from lsag_cli.output import mega, operations, percent, print_json, say_prose, say_table
 
 
 def flops(
@@ -72,6 +73,8 @@ def presets(as_json: Json = False) -> None:
         )
     say_table(columns, rows, drop=("epochs", "image size", "training"))
     say_prose("training: 3 x 2 x MACs executed x images x epochs. See one with: lsag train --preset NAME --dry-run")
+    trained = ", ".join(f"{name} ({percent(card.top1)})" for name, card in cards().items())
+    say_prose(f"Trained weights come with {trained}: try: lsag eval digits-nano")
     say_prose("NAME-a to -e, -full, -i and -ii are the paper's ablations of any preset, such as cifar-nano-a.")
 
 
@@ -111,7 +114,7 @@ def in_words(flops: float | None) -> str:
 
 def describe(preset: Preset) -> dict[str, object]:
     """A preset as `--json` shows it."""
-    total = count_network(preset)
+    total, card = count_network(preset), cards().get(preset.name)
     return {
         "name": preset.name,
         "description": preset.description,
@@ -121,6 +124,7 @@ def describe(preset: Preset) -> dict[str, object]:
         "training_flops": training_flops(preset, total),
         **figures(total),
         "paper": preset.paper.model_dump() if preset.paper else None,
+        "weights": card.model_dump(mode="json") if card else None,
         "stages": [{"name": stage.name, **figures(stage)} for stage in stages_of(preset)],
     }
 

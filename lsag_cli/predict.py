@@ -40,7 +40,12 @@ if TYPE_CHECKING:
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(help="A checkpoint or an exported .onnx graph.", show_default=False)],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint, an exported .onnx graph, or a preset with trained weights.", show_default=False
+        ),
+    ],
     images: Annotated[
         list[str] | None, typer.Argument(help="Image files, folders or glob patterns.", show_default=False)
     ] = None,

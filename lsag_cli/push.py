@@ -7,6 +7,7 @@ import typer
 
 from lsag.errors import UnavailableError, UsageError, first_line
 from lsag.files import read_bytes
+from lsag.weights import model_file
 from lsag_cli.options import Json, loading
 from lsag_cli.output import print_json, say, status
 
@@ -28,7 +29,7 @@ def push(
         raise UsageError(
             f"{repository[:80]!r} is not a name on the hub: {first_line(error)[:150]}", "use ORG/NAME"
         ) from error
-    read_bytes(checkpoint, what="checkpoint", size=0)
+    read_bytes(model_file(checkpoint), what="checkpoint", size=0)
     with loading():
         from lsag.checkpoint import load_checkpoint
         from lsag.hub import Classifier

@@ -113,8 +113,8 @@ def train(
     init_from: Annotated[
         Path | None,
         typer.Option(
-            help="Fine-tune: start from a checkpoint's weights, and without --preset with its preset at a lower "
-            "learning rate (docs/finetuning.md).",
+            help="Fine-tune: start from the weights of a checkpoint, or of a preset that comes with some; without "
+            "--preset with its own at a lower learning rate (docs/finetuning.md).",
             rich_help_panel=RUN_OPTIONS,
         ),
     ] = None,

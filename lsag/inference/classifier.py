@@ -11,13 +11,14 @@ from lsag.checkpoint import Checkpoint, load_checkpoint
 from lsag.config import Precision
 from lsag.data.transforms import Normalize, check_images, eval_transform
 from lsag.device import DTYPES, choose_device, choose_precision, tf32
+from lsag.inference.predict import Predictor
 from lsag.inference.providers import check_model, graph_provider
 
 if TYPE_CHECKING:
     from lsag.inference.session import Session
 
 
-class Classifier(nn.Module):
+class Classifier(Predictor, nn.Module):
     """A model with its preprocessing and class names, for inference.
 
     Calls take uint8 images (B, C, image_size, image_size) and give logits (B, num_classes), without gradients.
@@ -62,8 +63,9 @@ def open_model(
 ) -> "Classifier | Session":
     """A checkpoint on `device` in `precision` (default: fp32), or an .onnx graph on `device` or a `provider`.
 
-    Both take uint8 images, give logits, and have `preset`, `classes`, `transform` and `device_name`. Raises the errors
-    of `check_model`, `load_checkpoint`, `choose_device` and `Session`.
+    In place of a checkpoint, the name of a preset with trained weights will do. All take uint8 images, give logits, and
+    have `predict`, `preset`, `classes`, `transform` and `device_name`. Raises the errors of `check_model`,
+    `load_checkpoint`, `choose_device` and `Session`.
     """
     check_model(path, device=device, provider=provider, precision=precision)
     if Path(path).suffix == ".onnx":

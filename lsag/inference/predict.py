@@ -6,19 +6,21 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from lsag.config import Preset
 from lsag.data.images import open_image
 from lsag.data.sources import Source
+from lsag.data.transforms import upright
 from lsag.errors import InputError
-from lsag.inference.classifier import Classifier
 from lsag.machine import available_cores
 
 if TYPE_CHECKING:
+    from lsag.inference.classifier import Classifier
     from lsag.inference.session import Session
 
 
@@ -30,6 +32,28 @@ class Prediction:
     classes: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     error: str = ""
+
+
+class Predictor:
+    """What classifies single images: a `Classifier` or a `Session`."""
+
+    preset: Preset
+    classes: tuple[str, ...]
+    transform: Any
+
+    def predict(self, image: str | Path | Image.Image, *, top_k: int = 5) -> Prediction:
+        """The `top_k` likeliest classes of an image file or of a PIL image, of any size and mode.
+
+        InputError if it cannot be read, or if the outputs are not finite. For many images at once, see
+        `lsag.inference.predict.predict`.
+        """
+        mode = self.preset.image_mode
+        if isinstance(image, Image.Image):
+            name, opened = "image", upright(image, mode=mode)
+        else:
+            name, opened = str(image), open_image(Path(image), mode)
+        logits = self(self.transform(opened)[None])  # type: ignore[operator]
+        return _best(self, name, logits.float().softmax(dim=1).cpu()[0], top_k)
 
 
 def predict(
@@ -62,11 +86,15 @@ def predict(
                 if isinstance(image, InputError):
                     yield Prediction(name, error=image.what.removeprefix(f"cannot read image {name}: "))
                     continue
-                best = next(probabilities).topk(min(top_k, len(model.classes)))
-                if not best.values.isfinite().all():
-                    raise InputError(f"the model's outputs for {name} are not finite", "train or export it again")
-                classes = tuple(model.classes[index] for index in best.indices)
-                yield Prediction(name, classes, tuple(best.values.tolist()))
+                yield _best(model, name, next(probabilities), top_k)
+
+
+def _best(model: Predictor, name: Path | str, probabilities: Tensor, top_k: int) -> Prediction:
+    best = probabilities.topk(min(top_k, len(model.classes)))
+    if not best.values.isfinite().all():
+        raise InputError(f"the model's outputs for {name} are not finite", "train or export it again")
+    classes = tuple(model.classes[index] for index in best.indices)
+    return Prediction(name, classes, tuple(best.values.tolist()))
 
 
 def _named(images: Iterable[Path] | Source, mode: str) -> Iterator[tuple[Path | str, Callable[[], Image.Image]]]:

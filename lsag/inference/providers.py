@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from lsag.config import Precision
 from lsag.errors import UnavailableError, UsageError
 from lsag.files import read_bytes
+from lsag.weights import model_file
 
 Provider = Literal["auto", "cpu", "openvino", "cuda", "tensorrt"]
 AUTO = ("cuda", "openvino", "cpu")
@@ -58,7 +59,7 @@ def check_model(
         on_gpu = provider in ("cuda", "tensorrt")
         if provider == "auto" or on_gpu != device.startswith("cuda"):
             raise UsageError(f"--device {device} contradicts --provider {provider}", "give one of them")
-    read_bytes(path, what="graph" if graph else "checkpoint", size=0)
+    read_bytes(path if graph else model_file(path), what="graph" if graph else "checkpoint", size=0)
     if graph:
         provider = graph_provider(device, provider)
         # What the file was exported in is not known yet.

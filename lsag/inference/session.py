@@ -11,11 +11,12 @@ from lsag.config import Preset
 from lsag.data.transforms import Normalize, check_images, eval_transform
 from lsag.errors import UnavailableError, UsageError
 from lsag.inference.graph import read_graph
+from lsag.inference.predict import Predictor
 from lsag.inference.providers import check_driver, choose_providers, has_driver
 from lsag.inference.runtimes import OnnxRuntime, OpenVINO
 
 
-class Session:
+class Session(Predictor):
     """An exported model, used like a `Classifier`.
 
     Calls take uint8 images (B, C, image_size, image_size) and give float32 logits (B, num_classes). `transform` makes

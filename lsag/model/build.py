@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -180,6 +181,19 @@ def set_recompute(model: nn.Module, recompute: Recompute) -> None:
             model.set_grad_checkpointing(True)  # type: ignore[operator]
         except (AttributeError, AssertionError) as error:
             raise UsageError(f"timm's {type(model).__name__} cannot recompute", "remove --recompute") from error
+
+
+def resize_positions(weights: dict[str, Tensor], old: ModelConfig, new: ModelConfig) -> list[str]:
+    """Resize LSAG's position embeddings among `weights` from one image size to another (bicubic); a note for each."""
+    notes = []
+    keys = [key for key in weights if key.endswith("pos")]
+    for key, before, after in zip(keys, old.grid_sizes, new.grid_sizes, strict=False):
+        if before != after:
+            grid = weights[key].flatten(1).T.unflatten(1, (before, before))[None]
+            resized = F.interpolate(grid, size=(after, after), mode="bicubic", antialias=True)[0]
+            weights[key] = resized.flatten(1).T.unflatten(1, weights[key].shape[1:])
+            notes.append(f"{key} resized from {before} x {before} to {after} x {after} patches")
+    return notes
 
 
 def image_shape(config: ModelConfig | TimmConfig) -> tuple[int, int, int]:

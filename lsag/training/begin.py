@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,7 +16,7 @@ from lsag.data.sources import placeholder_classes
 from lsag.device import DTYPES, autocast, choose_precision
 from lsag.distributed.world import World, lost_peers
 from lsag.errors import InputError, UsageError
-from lsag.model.build import build_model, freeze, image_shape, set_recompute
+from lsag.model.build import build_model, freeze, image_shape, resize_positions, set_recompute
 from lsag.model.network import LSAG
 from lsag.training.data import Data
 from lsag.training.optim import make_optimizer, moving_average
@@ -141,11 +140,7 @@ def initialise_from(
         head = {key: value for key, value in wanted.items() if key.startswith(prefixes)}
         notes.append(_replace_head(weights, head, old=() if reset_head else found.classes, new=classes))
     if isinstance(model, LSAG) and isinstance(found.model, LSAG):
-        sides = zip(found.model.config.grid_sizes, model.config.grid_sizes, strict=False)
-        for key, (old, new) in zip([key for key in wanted if key.endswith("pos")], sides, strict=False):
-            if old != new and key in weights:
-                weights[key] = _resized(weights[key], old, new)
-                notes.append(f"{key} resized from {old} x {old} to {new} x {new} patches")
+        notes += resize_positions(weights, found.model.config, model.config)
     try:
         check_weights(weights, wanted)
     except ValueError as error:
@@ -181,10 +176,3 @@ def _replace_head(
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-
-
-def _resized(positions: torch.Tensor, old: int, new: int) -> torch.Tensor:
-    """Position embeddings (old * old, ...) -> (new * new, ...)."""
-    grid = positions.flatten(1).T.unflatten(1, (old, old))[None]
-    resized = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)[0]
-    return resized.flatten(1).T.unflatten(1, positions.shape[1:])
