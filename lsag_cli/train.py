@@ -292,13 +292,16 @@ def preset_of(run: Path) -> str:
 
 
 def checkpoint_preset(path: Path) -> Preset:
-    """The preset of a checkpoint, without what concerned its own images alone. The errors of load_checkpoint."""
+    """The preset of a checkpoint, without what concerned its own images or its length. The errors of load_checkpoint.
+
+    A moving average over a long training would hold little but the first weights of a short one.
+    """
     with loading():
         from lsag.checkpoint import load_checkpoint
 
     preset = load_checkpoint(path).preset
     data = preset.data.model_copy(update={"val_split": 0.0, "shuffle": "full", "balance": 0.0})
-    train = preset.train.model_copy(update={"freeze": 0, "patience": 0, "class_weights": "none"})
+    train = preset.train.model_copy(update={"freeze": 0, "patience": 0, "class_weights": "none", "ema_decay": 0.0})
     return preset.model_copy(update={"data": data, "train": train})
 
 

@@ -120,7 +120,7 @@ def test_the_recipe_of_a_checkpoint_is_fitted_to_few_images():
 
 
 def test_what_concerned_the_images_of_a_checkpoint_is_not_taken_over(tmp_path, preset):
-    own = {"data.val_split": 0.2, "data.balance": 0.5, "train.freeze": 1, "train.patience": 3}
+    own = {"data.val_split": 0.2, "data.balance": 0.5, "train.freeze": 1, "train.patience": 3, "train.ema_decay": 0.9}
     for changes in (own, {"data.shuffle": "shards:4", "train.class_weights": "inverse"}):
         save(tmp_path / "old.pt", changed(preset, changes), ("cat", "dog", "frog"))
         assert checkpoint_preset(tmp_path / "old.pt") == preset
