@@ -24,7 +24,7 @@ LEVELS = (
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted([*ROOT.glob("lsag/**/*.py"), *ROOT.glob("lsag_cli/*.py")])
 PUBLIC = {
-    "lsag": ("LSAG", "ModelConfig", "Preset", "load_preset", "load_checkpoint"),
+    "lsag": ("LSAG", "ModelConfig", "Preset", "load", "load_preset", "load_checkpoint"),
     "lsag.convert": ("from_released",),
     "lsag.runtime": ("Session",),
     "lsag.timm_models": ("PRESETS",),

@@ -52,8 +52,6 @@ def test_timms_arguments():
     assert len(str(refusal.value).splitlines()) == 1
     with pytest.raises(UsageError, match="window_size"):
         timm.create_model(SMALL, window_size=7)
-    with pytest.raises(RuntimeError):
-        timm.create_model(SMALL, pretrained=True)
 
 
 def test_features_are_those_of_the_stages():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,10 +18,6 @@ from lsag.data.sources import Source
 from lsag.data.transforms import upright
 from lsag.errors import InputError
 from lsag.machine import available_cores
-
-if TYPE_CHECKING:
-    from lsag.inference.classifier import Classifier
-    from lsag.inference.session import Session
 
 
 @dataclass(frozen=True)
@@ -35,11 +31,12 @@ class Prediction:
 
 
 class Predictor:
-    """What classifies single images: a `Classifier` or a `Session`."""
+    """What takes uint8 images and gives logits: a `Classifier` or a `Session`."""
 
     preset: Preset
     classes: tuple[str, ...]
     transform: Any
+    __call__: Callable[..., Any]
 
     def predict(self, image: str | Path | Image.Image, *, top_k: int = 5) -> Prediction:
         """The `top_k` likeliest classes of an image file or of a PIL image, of any size and mode.
@@ -52,12 +49,12 @@ class Predictor:
             name, opened = "image", upright(image, mode=mode)
         else:
             name, opened = str(image), open_image(Path(image), mode)
-        logits = self(self.transform(opened)[None])  # type: ignore[operator]
+        logits = self(self.transform(opened)[None])
         return _best(self, name, logits.float().softmax(dim=1).cpu()[0], top_k)
 
 
 def predict(
-    model: "Classifier | Session", images: Iterable[Path] | Source, *, top_k: int = 5, batch_size: int = 64
+    model: Predictor, images: Iterable[Path] | Source, *, top_k: int = 5, batch_size: int = 64
 ) -> Iterator[Prediction]:
     """Yield the `top_k` likeliest classes of each image, in order; only a few batches are held in memory.
 

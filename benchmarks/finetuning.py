@@ -1,0 +1,125 @@
+"""Whether trained weights are of use: Fashion-MNIST from a few images per class, from cifar-nano's and from scratch.
+
+    python benchmarks/finetuning.py FOLDER OUT [--starts STARTS] [--seeds SEEDS]
+    python benchmarks/finetuning.py FOLDER OUT --report docs/images/fine-tuning.png
+
+FOLDER has the four idx files of Fashion-MNIST, OUT gets images as class folders, and the runs. Every training has the
+recipe of cifar-nano's weights without their moving average, and the batch that `lsag train --init-from` cuts for so few
+images. From scratch the learning rate is the full one instead of a tenth, and there are 40 epochs, as in fine-tuning,
+or 100. Another seed also draws other images. The last epoch counts, on all 10,000 test images.
+"""
+
+import argparse
+import gzip
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lsag.checkpoint import load_checkpoint
+from lsag.plots import draw_table
+
+CLASSES = ["top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
+STARTS = {"weights of cifar-nano, 40 epochs": 40, "from scratch, 40 epochs": 40, "from scratch, 100 epochs": 100}
+BATCHES = {20: 16, 100: 64}
+"""By the number of images per class."""
+HELD_OUT = 20
+"""Images per class for the accuracies during the training, which decide nothing."""
+
+
+def read(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """The images (N, 28, 28) and labels (N,) of "train" or "t10k"."""
+    images = gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes())
+    return np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
+
+
+def write(images: np.ndarray, labels: np.ndarray, numbers: np.ndarray, out: Path) -> None:
+    """The images with these numbers, as RGB files in class folders."""
+    for number in numbers:
+        path = out / CLASSES[labels[number]] / f"{number:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[number]).convert("RGB").save(path)
+
+
+def few_images(folder: Path, out: Path, *, per_class: int, seed: int) -> Path:
+    """A data folder with train/, val/ and test/."""
+    data = out / f"images-{per_class}-{seed}"
+    if not (data / "done").exists():
+        images, labels = read(folder, "train")
+        shuffled = np.random.default_rng(seed).permutation(len(labels))
+        for kind in range(len(CLASSES)):
+            numbers = shuffled[labels[shuffled] == kind]
+            write(images, labels, numbers[:per_class], data / "train")
+            write(images, labels, numbers[per_class : per_class + HELD_OUT], data / "val")
+        images, labels = read(folder, "t10k")
+        write(images, labels, np.arange(len(labels)), data / "test")
+        (data / "done").touch()
+    return data
+
+
+def accuracy(data: Path, out: Path, *, start: str, per_class: int, seed: int) -> float:
+    """Top-1 on the test images of one training, which is resumed or read where there is one."""
+    run = out / f"{start.replace(' ', '-').replace(',', '')}-{per_class}-{seed}"
+    preset = load_checkpoint("cifar-nano").preset
+    if "scratch" in start:
+        file = out / "recipe.json"
+        file.write_text(preset.model_dump_json())
+        peak = preset.train.lr * preset.train.batch_size  # the peak depends on the batch; this keeps it
+        begin = ["--preset", file, "--set", f"train.lr={peak / BATCHES[per_class]}"]
+        begin += ["--set", f"train.batch_size={BATCHES[per_class]}", "--set", "train.ema_decay=0"]
+    else:
+        begin = ["--init-from", "cifar-nano"]
+    options = ["--dataset", "folder", "--data-dir", data, "--device", "cpu", "--workers", 0]
+    epochs = ["--epochs", STARTS[start], "--set", "train.warmup_epochs=2", "--set", f"train.seed={seed}"]
+    if not (run / "test.json").exists():
+        lsag("train", *begin, *options, *epochs, "--out", run, "--resume", "--log-to", "none")
+        text = lsag(
+            "eval",
+            max(run.glob("step-*.pt")),
+            "--data-dir",
+            data,
+            "--split",
+            "test",
+            "--json",
+            "--plot",
+            run / "test.png",
+        )
+        (run / "test.json").write_text(text)
+    return float(json.loads((run / "test.json").read_text())["top1"])
+
+
+def lsag(*arguments: object) -> str:
+    command = [sys.executable, "-m", "lsag_cli", *map(str, arguments)]
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--report", type=Path)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for per_class in BATCHES:
+        for start in options.starts:
+            found = []
+            for seed in options.seeds:
+                data = few_images(options.folder, options.out, per_class=per_class, seed=seed)
+                found.append(accuracy(data, options.out, start=start, per_class=per_class, seed=seed))
+            listed = ", ".join(f"{100 * value:.2f}" for value in found)
+            print(f"| {per_class} | {start} | **{100 * statistics.mean(found):.2f} %** | {listed} |", flush=True)
+            rows.append((f"{per_class} per class: {start}", found, None))
+    if options.report:
+        draw_table(rows, options.report, title="Fashion-MNIST from a few images: top-1 of three seeds")
+
+
+if __name__ == "__main__":
+    main()
