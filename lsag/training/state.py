@@ -132,7 +132,12 @@ class State:
     @property
     def numerics(self) -> dict[str, Any]:
         """What the rounding of the results depends on, beside the preset."""
-        return {"slices": self.num_slices, "ranks": self.num_ranks, "precision": self.precision}
+        return {
+            "slices": self.num_slices,
+            "ranks": self.num_ranks,
+            "precision": self.precision,
+            "device": self.device.type,
+        }
 
     def finish_epoch(self, metrics: Metrics, rates: dict[str, float]) -> Epoch:
         """Count the current epoch as done, with what its evaluation found; a row of metrics.jsonl."""

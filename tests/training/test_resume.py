@@ -286,6 +286,16 @@ def test_a_resumed_run_has_the_table_of_its_log(preset, whole, stopped):
     assert not (stopped / ".results.csv.abc").exists()
 
 
+def test_a_run_that_moves_to_another_device_says_so(whole, stopped):
+    contents = torch.load(newest(stopped))
+    assert contents["training"]["numerics"]["device"] == "cpu"
+    contents["training"]["numerics"]["device"] = "cuda"
+    torch.save(contents, newest(stopped))
+    notes = run(load_preset(stopped / "preset.json"), stopped, resume=True)[0].notes
+    assert "device changed from cuda to cpu: results may differ in rounding" in notes
+    assert losses(whole) == losses(stopped)
+
+
 def test_resuming_with_other_settings_is_refused(tmp_path, preset, stopped):
     with pytest.raises(OutputError, match=r"holds a run — resume it with --resume"):
         run(preset, stopped)
