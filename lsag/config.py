@@ -286,6 +286,13 @@ class DataConfig(Frozen):
         """N of the shuffle "shards:N"; 0 if all images are shuffled."""
         return int(self.shuffle.partition(":")[2] or 0)
 
+    def check_shards(self, there: bool) -> None:
+        """UsageError if shards are to be shuffled, and none are `there`."""
+        if self.shards_at_once and not there:
+            raise UsageError(
+                f"shuffle {self.shuffle} is for tar shards, and {self.dataset} has none", "--set data.shuffle=full"
+            )
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.val_split and self.dataset in DATASETS:

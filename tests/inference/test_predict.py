@@ -78,7 +78,7 @@ def test_images_of_a_dataset_are_classified_and_explained(lsag, model, folder):
         (["explain", model, "a.png", "--index", "1"], 2, "are for --dataset"),
         (["explain", model, *dataset, "--index", "4"], 2, "--index 4 is beyond the 4 images"),
         (["predict", model, "--dataset", "nothing"], 2, "unknown dataset 'nothing'"),
-        (["predict", model, "--dataset", "list:none.csv"], 3, "cannot read none.csv: No such file"),
+        (["predict", model, "--dataset", "list:none.csv"], 3, "cannot read none.csv: no such file"),
     ):
         assert_refused(lsag(*arguments), code, words)
 
