@@ -461,7 +461,9 @@ class Preset(Frozen):
         return batch // num_slices
 
     def with_classes(self, num_classes: int) -> "Preset":
-        """This preset with `num_classes` classes."""
+        """This preset with `num_classes` classes. UsageError for one alone, which is nothing to tell apart."""
+        if num_classes < 2:
+            raise UsageError("all training images are of one class", "give images of two classes or more")
         values = self.model_dump()
         values["model"]["num_classes"] = num_classes
         return validate_preset(values, origin=f"preset {self.name}")

@@ -41,18 +41,22 @@ def seen_from(folder: str | Path, path: str) -> str:
     return f"{str(folder).rstrip('/')}/{path}" if is_url(folder) else str(Path(folder, path))
 
 
-def expanded(pattern: str) -> list[str]:
-    """The files that a pattern with {000..146}, {a,b}, *, ? or [ab] names; the last three match what is there."""
+def expanded(pattern: str, folder: str | Path = "") -> list[str]:
+    """The files that a pattern with {000..146}, {a,b}, *, ? or [ab] names; the last three match what is there.
+
+    The pattern is seen from `folder`, in whose name these characters mean nothing.
+    """
     found: list[str] = []
     for path in _braces_expanded(pattern):
-        if not glob.has_magic(path):
-            found.append(path)
+        if not glob.has_magic(path) or (not is_url(path) and Path(seen_from(folder, path)).exists()):
+            found.append(seen_from(folder, path))
         elif is_url(path):
             protocol = path.partition("://")[0]
             names = sorted(map(str, remote(path, lambda system, name: system.glob(name))))
             found += (name if is_url(name) else f"{protocol}://{name}" for name in names)
         else:
-            found += sorted(glob.iglob(path))  # noqa: PTH207  Path has no patterns from the root on
+            inside = seen_from(glob.escape(str(folder)), path)
+            found += sorted(glob.iglob(inside))  # noqa: PTH207  Path has no patterns from the root on
         if len(found) > MAX_FILES:
             raise InputError(f"{pattern} names more than {MAX_FILES:,} files", "give a smaller range")
     return found

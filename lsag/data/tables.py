@@ -50,6 +50,11 @@ def open_list(
     names, words, splits = _read(table, spec.settings)
     codes = np.frombuffer(words.codes, np.int32)
     notes = _check_repeats(table, names, codes, list(words.numbers), splits)
+    if own:
+        training = seen_from(data_dir, spec.what)
+        trained = {seen_from(_folder(training), name) for name in _read(training, spec.settings)[0]}
+        if shared := sum(seen_from(_folder(table), name) in trained for name in names):
+            notes += (f"{shared:,} images of {table} are for training too: the accuracy counts them",)
     chosen = np.arange(len(names))
     if splits.numbers:
         wanted = (split.lower(),) if split else ("train",) if train else EVAL_SPLITS
@@ -70,7 +75,7 @@ def open_list(
     used = sorted(set(codes[chosen].tolist()))
     present = list(words.numbers)
     classes, labels = classified([present[code] for code in used], np.searchsorted(used, codes[chosen]), where=table)
-    folder = table.rpartition("/")[0] if is_url(table) else str(Path(table).parent)
+    folder = _folder(table)
     every = np.zeros(len(names), np.int32)
     every[chosen] = labels
     fix = TRAINING_FIX if train else REPAIR
@@ -82,6 +87,10 @@ def open_list(
             "write paths with /" if "\\" in first.name else f"give paths relative to the folder of the table, {folder}",
         )
     return source
+
+
+def _folder(table: str) -> str:
+    return table.rpartition("/")[0] if is_url(table) else str(Path(table).parent)
 
 
 def _read(table: str, settings: dict[str, str]) -> tuple[Names, Words, Words]:

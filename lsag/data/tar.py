@@ -102,7 +102,7 @@ def open_tar(spec: DatasetSpec, data_dir: Path, mode: str, *, train: bool, split
         raise InputError(f"the pattern {spec.what} names {twice[0]} twice", "name each file once")
     index = indexed(shards, image=spec.settings.get("image"), label=spec.settings.get("label"))
     if not train and not split and "val" in spec.settings:
-        both = set(shards).intersection(expanded(seen_from(data_dir, spec.what)))
+        both = set(shards).intersection(expanded(spec.what, data_dir))
         if both:
             note = (
                 f"{len(both):,} tar files are for training too, such as {min(both)}: the accuracy counts their images"
@@ -121,25 +121,28 @@ def _shards(spec: DatasetSpec, data_dir: Path, *, train: bool, split: str | None
         if "val" in spec.settings:
             raise UsageError(f"{named} is a folder of train/*.tar and val/*.tar", "remove ,val=, or name files")
         for name in wanted:
-            if shards := expanded(f"{named}/{name}/*.tar"):
+            if shards := expanded("*.tar", Path(named, name)):
                 return shards
         expected = " or ".join(f"{named}/{name}/*.tar" for name in wanted[:2])
         raise InputError(f"no tar files in {named}: expected {expected}", "name them: tar:PATTERN,val=PATTERN")
     given = spec.settings.get("val")
+    pattern = spec.what
+    if split not in (None, "train", "val"):
+        raise UsageError(f"tar:{spec.what} has no split {split}", "--split train or --split val")
     if split == "val" or not (train or split or only):
         if given is None:
             raise InputError(
                 f"tar:{spec.what} does not say which images are for evaluation",
                 "name their files with ,val=PATTERN, or hold out training images with --val-split 0.1",
             )
-        named = seen_from(data_dir, given)
-    elif split not in (None, "train"):
-        raise UsageError(f"tar:{spec.what} has no split {split}", "--split train or --split val")
+        pattern = given
     elif only and not split and given:
-        named = seen_from(data_dir, given)
-    shards = expanded(named)
+        pattern = given
+    shards = expanded(pattern, data_dir)
     if not shards:
-        raise InputError(f"there are no files {named}", "check the pattern, which is relative to --data-dir")
+        raise InputError(
+            f"there are no files {seen_from(data_dir, pattern)}", "check the pattern, which is relative to --data-dir"
+        )
     return shards
 
 
@@ -158,7 +161,10 @@ def _known_classes(spec: DatasetSpec, data_dir: Path, index: Index) -> list[str]
         path = next((str(folder / name) for folder in above for name in CLASS_FILES if (folder / name).is_file()), "")
         if not path:
             return []
-    names = [line.strip() for line in read(path).decode("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
+    try:
+        names = [line.strip() for line in read(path).decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read {path}: {first_line(error)}", "save it in UTF-8") from error
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"{path} names {repeated[0]} twice", "give each class a name of its own")
     return names
@@ -293,6 +299,8 @@ def _scan(file: BinaryIO, path: str, length: int, image: str | None, label: str 
             if word is not None:
                 words[key][kind] = word
         elif suffix in decodable() and (image is None or name.lower().endswith(f".{image.lower().lstrip('.')}")):
+            if size > MAX_IMAGE:
+                raise InputError(f"{name} in {path} has {size:,} bytes, too many for an image", "remove it")
             found.append((name, start, size))
         else:
             unused[suffix or "without an extension"] += 1
@@ -324,8 +332,8 @@ def _files(file: BinaryIO, path: str, length: int, unused: Counter[str]) -> Iter
             yield name, start, size
             continue
         inside = f"{name} in {path}"
-        for inner, *place in _regular(_members(file, inside, start, start + size), inside, unused):
-            yield f"{PurePosixPath(name).stem}/{inner}", *place
+        for inner, inner_start, inner_size in _regular(_members(file, inside, start, start + size), inside, unused):
+            yield f"{PurePosixPath(name).stem}/{inner}", inner_start, inner_size
 
 
 def _regular(members: Iterator[tarfile.TarInfo], path: str, unused: Counter[str]) -> Iterator[tuple[str, int, int]]:
@@ -352,8 +360,8 @@ def _members(file: BinaryIO, path: str, start: int, end: int) -> Iterator[tarfil
         while member := archive.next():
             archive.members.clear()  # type: ignore[attr-defined]  # which would hold every member
             stored = 0 if member.sparse is not None else member.size  # that of a sparse file is not what is stored
-            if member.offset_data + stored > end or member.size > MAX_IMAGE:
-                raise tarfile.ReadError(f"{member.name} is cut off or too large")
+            if member.offset_data + stored > end:
+                raise tarfile.ReadError(f"{member.name} is cut off")
             yield member
     except (tarfile.TarError, ValueError) as error:
         file.seek(start)

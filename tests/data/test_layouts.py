@@ -20,7 +20,17 @@ from lsag.data.sources import Names
 from lsag.data.splits import open_split
 from lsag.errors import InputError, UnavailableError, UnreachableError, UsageError
 from tests.conftest import TINY
-from tests.layouts import LAYOUTS, as_parquet, as_table, as_tar_of_tars, as_webdataset, images_of, sample, write_tar
+from tests.layouts import (
+    LAYOUTS,
+    as_one_tar,
+    as_parquet,
+    as_table,
+    as_tar_of_tars,
+    as_webdataset,
+    images_of,
+    sample,
+    write_tar,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +160,9 @@ def test_labels_are_numbers_or_names(folder):
     (folder / "few.txt").write_text("a\nb\n")
     with pytest.raises(InputError, match=r"has the label '10', '2', which is no class"):
         opened(f"tar:{shard},classes={folder}/few.txt")
+    (folder / "few.txt").write_text("a\nb\n", encoding="utf-16")
+    with pytest.raises(InputError, match=r"cannot read .*few.txt: .* — save it in UTF-8"):
+        opened(f"tar:{shard},classes={folder}/few.txt")
     (folder / "few.txt").write_text("a\na\n")
     with pytest.raises(InputError, match=r"few.txt names a twice"):
         opened(f"tar:{shard},classes={folder}/few.txt")
@@ -243,6 +256,36 @@ def test_a_tar_file_that_is_not_whole_is_refused_at_any_length(folder, make):
         cut.write_bytes(compressed.compress(content))  # whatever its name
         with pytest.raises(InputError, match=r"cut.tar is compressed, so that no image can be read on its own"):
             opened(f"tar:{cut}")
+
+
+def test_folders_may_be_called_like_patterns(folder, monkeypatch):
+    odd = folder / "a [b] *"
+    odd.mkdir()
+    as_webdataset(folder, odd)
+    as_one_tar(folder, odd)
+    whole = contents(opened("folder", folder))
+    for dataset in (f"tar:{odd}", f"tar:{odd}/train.tar"):
+        assert contents(opened(dataset)) == whole
+    for dataset in ("tar:", "tar:train/*.tar", "tar:train/{000..002}.tar"):
+        assert contents(opened(dataset, odd)) == whole
+    with pytest.raises(InputError, match=r"cannot read .*train/003.tar: no such file"):
+        opened("tar:train/{000..003}.tar", odd)
+    with pytest.raises(InputError, match=r"there are no files .*/a \[b\] \*/none"):
+        opened("tar:none*.tar", odd)
+
+
+def test_other_files_in_a_tar_file_may_be_large(folder):
+    image = images_of(folder, "train")[0].read_bytes()
+    with (folder / "a.tar").open("wb") as file:
+        for name, size in (("scan.npy", 2**31 + 512), ("cat/0.png", 2**31 + 512), ("cat/1.jpg", len(image))):
+            member = tarfile.TarInfo(name)
+            member.size = size
+            file.write(member.tobuf())
+            file.seek(size + -size % 512, os.SEEK_CUR)
+        file.truncate(file.tell() + 1024)
+    with pytest.raises(InputError, match=r"cat/0.png in .*a.tar has 2,147,484,160 bytes, too many for an image"):
+        opened(f"tar:{folder}/a.tar")
+    assert len(opened(f"tar:{folder}/a.tar,image=jpg")) == 1
 
 
 def test_names_in_a_tar_file_are_written_in_many_ways(folder):
@@ -344,7 +387,10 @@ def test_tables_say_which_images_are_for_what(folder):
     with pytest.raises(UsageError, match=r"has no column split — remove --split"):
         opened(dataset, train=False, split="val")
     (folder / "other.csv").write_text("\n".join(lines[:3]))
-    assert len(opened(f"{dataset},val={folder}/other.csv", train=False)) == 2
+    source = opened(f"{dataset},val={folder}/other.csv", train=False)
+    assert len(source) == 2 and source.notes == (
+        f"2 images of {folder}/other.csv are for training too: the accuracy counts them",
+    )
     assert len(opened(f"{dataset},val={folder}/other.csv")) == 12
 
 
@@ -588,12 +634,13 @@ def test_urls_of_this_machine_are_read(folder, monkeypatch):
 
 
 def test_an_image_whose_package_is_missing_is_not_broken(folder, lsag):
-    (folder / "a.csv").write_text("path,label\ntrain/cat/0.png,cat\ns3://bucket/0.png,cat\ntrain/cat/1.png,cat\n")
+    rows = [f"train/cat/{index}.png,cat\ns3://bucket/{index}.png,dog" for index in range(2)]
+    (folder / "a.csv").write_text("\n".join(["path,label", *rows]))
     with pytest.raises(UnavailableError, match=r"s3://bucket/0.png needs a package that is not installed"):
         opened(f"list:{folder}/a.csv").load(1)
-    options = ["--dataset", "list:a.csv", "--val-split", "0.3", "--set", "train.batch_size=2", "--skip-broken"]
+    options = ["--dataset", "list:a.csv", "--val-split", "0.5", "--set", "train.batch_size=2", "--skip-broken"]
     done = lsag("train", *options, "--device", "cpu", "--workers", "1", *TINY)
-    assert done.returncode == 4 and "s3://bucket/0.png needs a package that is not installed" in done.stderr
+    assert done.returncode == 4 and "png needs a package that is not installed" in done.stderr
 
 
 def test_a_connection_that_fails_is_tried_again(bucket, monkeypatch, caplog):

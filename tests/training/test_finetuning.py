@@ -77,7 +77,7 @@ def test_rows_of_the_head_follow_the_names_of_their_classes(tmp_path, preset, ti
     [
         (("cat", "dog", "frog"), False, None),
         (("frog", "dog", "cat"), False, "head: rows of frog, dog, cat kept"),
-        (("cat",), False, "head: rows of cat kept"),
+        (("frog", "cat"), False, "head: rows of frog, cat kept"),
         (("cat", "dog", "frog"), True, "a new head for 3 classes"),
         (("ant", "bee"), False, "a new head for 2 classes"),
         (("cat", *"abcdefg"), False, "head: rows of cat kept, of a, b, c, d, e and 2 more new"),
