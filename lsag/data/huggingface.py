@@ -3,7 +3,8 @@
 import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,7 +50,8 @@ def open_hf(
 ) -> HuggingFaceSource:
     """The images of a split. UsageError if a column or split has to be named; UnavailableError without the dataset."""
     library = _library()
-    splits = _loaded(library, spec, data_dir, download=download)
+    with _connected(library, download=download):
+        splits = _loaded(library, spec, data_dir)
     wanted = (split,) if split else _wanted(spec, train=train)
     name = next((name for name in wanted if name in splits), None)
     if name is None:
@@ -96,7 +98,18 @@ def _library() -> Any:
     return datasets
 
 
-def _loaded(library: Any, spec: DatasetSpec, data_dir: Path, *, download: bool) -> Any:
+@contextmanager
+def _connected(library: Any, *, download: bool) -> Iterator[None]:
+    """Without `download`, let the library not even ask the hub, which takes half a minute where there is no network."""
+    offline = library.config.HF_HUB_OFFLINE
+    library.config.HF_HUB_OFFLINE = offline or not download
+    try:
+        yield
+    finally:
+        library.config.HF_HUB_OFFLINE = offline
+
+
+def _loaded(library: Any, spec: DatasetSpec, data_dir: Path) -> Any:
     """The splits by name. UnavailableError for what is neither here nor to be had; InputError for what is damaged."""
     name, _, config = spec.what.partition(":")
     if not name:
@@ -114,8 +127,7 @@ def _loaded(library: Any, spec: DatasetSpec, data_dir: Path, *, download: bool) 
             return found if isinstance(found, dict) else {"train": found}
         if local.is_dir():
             return library.load_dataset(str(local.absolute()), config or None)
-        local_only = library.DownloadConfig(local_files_only=not download)
-        return library.load_dataset(name, config or None, download_config=local_only)
+        return library.load_dataset(name, config or None)
     except (library.exceptions.DatasetGenerationError, library.exceptions.DataFilesNotFoundError) as error:
         cause = error.__cause__ or error
         raise InputError(f"cannot read hf:{spec.what}: {first_line(cause)}", "check the files") from error

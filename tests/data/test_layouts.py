@@ -576,6 +576,25 @@ def test_a_dataset_that_is_nowhere_is_one_error(folder, monkeypatch):
         opened("hf:cifar10")
 
 
+def test_without_a_download_the_hub_is_not_asked(monkeypatch):
+    import datasets
+
+    asked = []
+    logging.getLogger("datasets").setLevel(logging.WARNING)
+
+    def load(*arguments, **options):
+        asked.append(datasets.config.HF_HUB_OFFLINE)
+        assert not logging.getLogger("datasets.load").isEnabledFor(logging.ERROR), "which would be lines on stderr"
+        raise ConnectionError("no hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for download, offline, expected in ((True, False, False), (False, False, True), (True, True, True)):
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(UnavailableError, match="nor to be had from the hub: no hub"):
+            opened("hf:someone/nothing", download=download)
+        assert asked.pop() == expected and offline == datasets.config.HF_HUB_OFFLINE
+
+
 # URLs
 
 
