@@ -201,8 +201,8 @@ def classified(
     """The classes of labels that are written as `words[code]`, in order, and the number of each label, int32.
 
     Numbers are in numerical order, other words in alphabetical order. Of classes that are `known`, a word is the name
-    or the number. InputError for a word that is neither, a word of several lines, a negative number, and among numbers
-    for "nan" or one that is written in two ways.
+    or the number. InputError for a word that is neither, of several lines or a negative number, for one word in two
+    Unicode forms, and among numbers for "nan" or one number that is written in two ways.
     """
     if any(re.fullmatch(r"-\d+(\.0*)?", word) for word in words):
         raise InputError(f"{where} has images with a negative label", "leave out images without a label")
@@ -210,14 +210,15 @@ def classified(
         raise InputError(f"{where} has the label {_named(several)}, which has several lines", "correct it")
     values = {word: value for word in words if (value := _number(word)) is not None}
     numeric = len(values) == len(words)
-    if numeric and not known:
-        if any(value.is_nan() for value in values.values()):
+    if not known:
+        if numeric and any(value.is_nan() for value in values.values()):
             raise InputError(f"{where} has the label nan among numbers", "leave out images without a label")
-        written: dict[Decimal, str] = {}
-        for word, value in values.items():
-            if (other := written.setdefault(value, word)) != word:
-                what = f"{where} has the labels {_named([other, word])}, which are one number"
-                raise InputError(what, "write it in one way")
+        written: dict[Decimal | str, str] = {}
+        for word in words:
+            meant = values[word] if numeric else unicodedata.normalize("NFC", word)
+            if (other := written.setdefault(meant, word)) != word:
+                reason = "which are one number" if numeric else "which differ in their Unicode form, NFC or NFD"
+                raise InputError(f"{where} has the labels {_named([other, word])}, {reason}", "write it in one way")
     classes = list(known) or sorted(words, key=values.__getitem__ if numeric else None)
     numbers = {str(number): number for number in range(len(known))} | {name: n for n, name in enumerate(classes)}
     if strangers := [word for word in words if word not in numbers]:

@@ -50,7 +50,7 @@ def open_list(
     names, words, splits = _read(table, spec.settings)
     codes = np.frombuffer(words.codes, np.int32)
     notes = _check_repeats(table, names, codes, list(words.numbers), splits)
-    if own:
+    if own and not only:  # to evaluate, the images that were trained on need not be here
         training = seen_from(data_dir, spec.what)
         trained = {seen_from(_folder(training), name) for name in _read(training, spec.settings)[0]}
         if shared := sum(seen_from(_folder(table), name) in trained for name in names):

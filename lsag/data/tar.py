@@ -101,7 +101,7 @@ def open_tar(spec: DatasetSpec, data_dir: Path, mode: str, *, train: bool, split
     if twice := [path for path, count in Counter(shards).items() if count > 1]:
         raise InputError(f"the pattern {spec.what} names {twice[0]} twice", "name each file once")
     index = indexed(shards, image=spec.settings.get("image"), label=spec.settings.get("label"))
-    if not train and not split and "val" in spec.settings:
+    if not (train or split or only) and "val" in spec.settings:
         both = set(shards).intersection(expanded(spec.what, data_dir))
         if both:
             note = (

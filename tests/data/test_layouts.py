@@ -205,6 +205,10 @@ def test_what_is_wrong_with_a_sample_is_said_with_its_key(folder):
         ([pixels, ("cat-0.cls", b"\xff\xfe")], "cat-0.cls in .* holds no label: .*utf-8"),
         ([pixels, ("cat-0.cls", b"-1")], "negative label"),
         ([pixels, ("cat-0.cls", b"1\n2")], "has the label '1.n2', which has several lines"),
+        (
+            [pixels, ("cat-0.cls", "\xe9".encode()), other, ("dog-3.cls", "e\u0301".encode())],
+            "which differ in their Unicode form, NFC or NFD — write it in one way",
+        ),
         ([pixels, number, other, ("dog-3.cls", b"00")], "has the labels '0', '00', which are one number"),
         (
             [("cat/0.png", pixels[1]), ("cat/0.png", pixels[1])],
@@ -391,6 +395,7 @@ def test_tables_say_which_images_are_for_what(folder):
     assert len(source) == 2 and source.notes == (
         f"2 images of {folder}/other.csv are for training too: the accuracy counts them",
     )
+    assert len(opened(f"list:nowhere.csv,val={folder}/other.csv", train=False, only=True)) == 2
     assert len(opened(f"{dataset},val={folder}/other.csv")) == 12
 
 
