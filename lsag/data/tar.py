@@ -340,10 +340,8 @@ def _regular(members: Iterator[tarfile.TarInfo], path: str, unused: Counter[str]
     """The regular files that are not hidden; their names are without what leads nowhere, as in ./ and ../."""
     for member in members:
         parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
-        if member.isdir():
-            continue
         if not member.isreg():
-            unused["links and special files"] += 1
+            unused["links"] += member.issym() or member.islnk()
         elif any(part.startswith(".") or part in NEVER_DATA for part in parts):
             unused["hidden"] += 1
         elif member.sparse is not None:

@@ -311,6 +311,15 @@ def test_names_in_a_tar_file_are_written_in_many_ways(folder):
         opened(f"tar:{shard},image=png")
 
 
+def test_links_in_a_tar_file_are_a_note(folder):
+    (folder / "train/dog/link.png").symlink_to("0.png")
+    (folder / "train/dog/hard.png").hardlink_to(folder / "train/dog/0.png")
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        archive.add(folder / "train", "train")
+    source = opened(f"tar:{folder}/a.tar")
+    assert len(source) == 8 and source.notes[0].endswith(": 2 links")
+
+
 def test_a_file_stored_without_its_zeros_is_refused(folder):
     (folder / "cat").mkdir()
     with (folder / "cat/0.bmp").open("wb") as file:
