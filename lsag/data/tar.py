@@ -149,7 +149,7 @@ def _shards(spec: DatasetSpec, data_dir: Path, *, train: bool, split: str | None
 def _known_classes(spec: DatasetSpec, data_dir: Path, index: Index) -> list[str]:
     """The names of the classes, one in each line of the file that is named.
 
-    For labels that are numbers, by default of classes.txt beside the shards or in the folder above.
+    For labels that are numbers, by default of classes.txt beside the shards, in the folder above or in its train/.
     """
     shard = index.shards[0]
     if given := spec.settings.get("classes"):
@@ -157,8 +157,9 @@ def _known_classes(spec: DatasetSpec, data_dir: Path, index: Index) -> list[str]
     elif is_url(shard) or not all(word.isdecimal() for word in index.words):
         return []
     else:
-        above = Path(shard).absolute().parents[:2]
-        path = next((str(folder / name) for folder in above for name in CLASS_FILES if (folder / name).is_file()), "")
+        beside = Path(shard).absolute().parent
+        folders = beside, beside.parent, beside.parent / "train"
+        path = next((str(folder / name) for folder in folders for name in CLASS_FILES if (folder / name).is_file()), "")
         if not path:
             return []
     try:

@@ -156,6 +156,8 @@ def test_labels_are_numbers_or_names(folder):
     assert len(source.classes) == 11 and source.labels.tolist() == [int(label) for label in labels]
     names.rename(folder / "classnames.txt")
     assert opened(f"tar:{shard}").classes == source.classes
+    (folder / "classnames.txt").rename(folder / "train/classes.txt")
+    assert opened(f"tar:{shard}").classes == source.classes, "those of the training shards"
     assert opened(as_webdataset(folder, folder)).classes == ["cat", "dog"], "which are no numbers"
     (folder / "few.txt").write_text("a\nb\n")
     with pytest.raises(InputError, match=r"has the label '10', '2', which is no class"):
