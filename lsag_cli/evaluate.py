@@ -148,7 +148,7 @@ def draw(result: "Evaluation", plot: Path | None, checkpoint: Path) -> str | Non
     """
     from lsag.plots import draw_confusion
 
-    dataset = re.sub(r"[^\w.=-]+", "-", result.dataset)[-100:].strip("-")  # may name a path or a URL
+    dataset = re.sub(r"[^\w.=-]+", "-", result.dataset)[-60:].strip("-")  # may name a path or a URL
     path = plot or checkpoint.with_name(f"{checkpoint.name.replace('.', '-')}-{dataset}-confusion.png")
     title = f"{result.model.preset.name} on {result.dataset}: {percent(result.metrics.top1)}"
     try:

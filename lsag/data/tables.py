@@ -4,6 +4,7 @@ import csv
 import io
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,11 +51,6 @@ def open_list(
     names, words, splits = _read(table, spec.settings)
     codes = np.frombuffer(words.codes, np.int32)
     notes = _check_repeats(table, names, codes, list(words.numbers), splits)
-    if own and not only:  # to evaluate, the images that were trained on need not be here
-        training = seen_from(data_dir, spec.what)
-        trained = {seen_from(_folder(training), name) for name in _read(training, spec.settings)[0]}
-        if shared := sum(seen_from(_folder(table), name) in trained for name in names):
-            notes += (f"{shared:,} images of {table} are for training too: the accuracy counts them",)
     chosen = np.arange(len(names))
     if splits.numbers:
         wanted = (split.lower(),) if split else ("train",) if train else EVAL_SPLITS
@@ -72,6 +68,13 @@ def open_list(
             f"{table} does not say which images are for evaluation",
             "add a column split, name another table with ,val=FILE.csv, or hold out images with --val-split 0.1",
         )
+    if own and not only:  # to evaluate, the images that were trained on need not be here
+        training = seen_from(data_dir, spec.what)
+        others, _, parts = _read(training, spec.settings)
+        rows = zip(others, parts.codes or repeat(None), strict=False)
+        trained = {seen_from(_folder(training), name) for name, part in rows if part == parts.numbers.get("train")}
+        if shared := sum(seen_from(_folder(table), names[row]) in trained for row in chosen.tolist()):
+            notes += (f"{shared:,} images of {table} are for training too: the accuracy counts them",)
     used = sorted(set(codes[chosen].tolist()))
     present = list(words.numbers)
     classes, labels = classified([present[code] for code in used], np.searchsorted(used, codes[chosen]), where=table)

@@ -388,6 +388,7 @@ def test_a_table_is_divided_as_its_header_is(folder, suffix):
 
 def test_tables_say_which_images_are_for_what(folder):
     dataset, table = as_table(folder, folder), folder / "images.csv"
+    assert not opened(f"{dataset},val={table}", train=False).notes
     assert contents(opened(dataset, train=False)) == contents(opened("folder", folder, train=False))
     assert len(opened(dataset, train=False, split="train")) == 8
     with pytest.raises(InputError, match=r"no rows of the split other; its splits are train, val — add --split"):
