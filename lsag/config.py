@@ -286,6 +286,13 @@ class DataConfig(Frozen):
         """N of the shuffle "shards:N"; 0 if all images are shuffled."""
         return int(self.shuffle.partition(":")[2] or 0)
 
+    def check_shards(self, there: bool) -> None:
+        """UsageError if shards are to be shuffled, and none are `there`."""
+        if self.shards_at_once and not there:
+            raise UsageError(
+                f"shuffle {self.shuffle} is for tar shards, and {self.dataset} has none", "--set data.shuffle=full"
+            )
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.val_split and self.dataset in DATASETS:
@@ -454,7 +461,9 @@ class Preset(Frozen):
         return batch // num_slices
 
     def with_classes(self, num_classes: int) -> "Preset":
-        """This preset with `num_classes` classes."""
+        """This preset with `num_classes` classes. UsageError for one alone, which is nothing to tell apart."""
+        if num_classes < 2:
+            raise UsageError("all training images are of one class", "give images of two classes or more")
         values = self.model_dump()
         values["model"]["num_classes"] = num_classes
         return validate_preset(values, origin=f"preset {self.name}")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -152,7 +153,8 @@ def draw(result: "Evaluation", plot: Path | None, checkpoint: Path) -> str | Non
     """
     from lsag.plots import draw_confusion
 
-    path = plot or checkpoint.with_name(f"{checkpoint.name.replace('.', '-')}-{result.dataset}-confusion.png")
+    dataset = re.sub(r"[^\w.=-]+", "-", result.dataset)[-60:].strip("-")  # may name a path or a URL
+    path = plot or checkpoint.with_name(f"{checkpoint.name.replace('.', '-')}-{dataset}-confusion.png")
     title = f"{result.model.preset.name} on {result.dataset}: {percent(result.metrics.top1)}"
     try:
         draw_confusion(result.metrics.confusion, result.model.classes, path, title=title)

@@ -16,9 +16,10 @@ from lsag_cli.processes import TrainCommand
 def count_images(preset: Preset, data_dir: Path, *, download: bool = False) -> tuple[int, int, int]:
     """The numbers of classes, training images and evaluation images; those of images of one's own are counted.
 
-    The errors of open_split.
+    The errors of open_split, and those of an order that the images do not have.
     """
     if known := DATASETS.get(preset.data.dataset):
+        preset.data.check_shards(False)
         return known.num_classes, known.train_images, known.eval_images
     with loading():
         from lsag.data.splits import open_split
@@ -35,6 +36,7 @@ def count_images(preset: Preset, data_dir: Path, *, download: bool = False) -> t
         )
         for train in (True, False)
     )
+    preset.data.check_shards(train.shards is not None)
     return len(train.classes), len(train), len(evaluation)
 
 

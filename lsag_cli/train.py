@@ -218,7 +218,7 @@ def train(
     options = options.model_copy(update={"device": device})
     num_slices = processes * options.nodes * options.accum
     if start:
-        _, num_images, _ = count_images(resolved, options.data_dir)
+        _, num_images, _ = count_images(resolved, options.data_dir, download=options.download and not dry_run)
         resolved, changed = for_fine_tuning(
             resolved, start.train, given=parse_overrides(changes), num_images=num_images, num_slices=num_slices
         )

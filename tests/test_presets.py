@@ -109,6 +109,8 @@ def test_timm_in_the_place_of_the_network(tmp_path):
     path = tmp_path / "preset.json"
     path.write_text(preset.model_dump_json())
     assert load_preset(path) == preset == load_preset(path, timm=spec)
+    with pytest.raises(UsageError, match="all training images are of one class — give images of two"):
+        preset.with_classes(1)
     assert preset.with_classes(3).model == preset.model.model_copy(update={"num_classes": 3})
 
 

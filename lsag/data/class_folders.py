@@ -8,8 +8,9 @@ from typing import BinaryIO
 import numpy as np
 
 from lsag.data.folders import because, image_files, listed, walk
-from lsag.data.images import REPAIR, TRAINING_FIX, regular_file
+from lsag.data.images import REPAIR, TRAINING_FIX
 from lsag.data.sources import EncodedSource, Names
+from lsag.data.storage import regular_file
 from lsag.errors import InputError
 
 

@@ -79,7 +79,10 @@ def listed(unused: Counter[str]) -> str:
     reasons = [(reason, count) for reason, count in unused.most_common() if count]
     if others := sum(count for _, count in reasons[8:]):
         reasons[8:] = [("others", others)]
-    return ", ".join(f"{count:,} {reason if count > 1 else reason.removesuffix('s')}" for reason, count in reasons)
+    return ", ".join(
+        f"{count:,} {reason if count > 1 or reason[0] == '.' else reason.removesuffix('s')}"
+        for reason, count in reasons
+    )
 
 
 def because(unused: Counter[str]) -> str:

@@ -1,16 +1,19 @@
 """hf: datasets of Hugging Face's library, from its hub or from a local copy (docs/data.md)."""
 
 import io
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from lsag.config import DatasetSpec
-from lsag.data.images import REPAIR, TRAINING_FIX, regular_file
+from lsag.data.images import REPAIR, TRAINING_FIX
 from lsag.data.sources import EVAL_SPLITS, EncodedSource, Names, Words, classified, digest
+from lsag.data.storage import regular_file, seen_from
 from lsag.errors import InputError, UnavailableError, UsageError, first_line
 
 BUILDERS = ("imagefolder", "parquet", "arrow", "webdataset")
@@ -47,7 +50,8 @@ def open_hf(
 ) -> HuggingFaceSource:
     """The images of a split. UsageError if a column or split has to be named; UnavailableError without the dataset."""
     library = _library()
-    splits = _loaded(library, spec, data_dir, download=download)
+    with _connected(library, download=download):
+        splits = _loaded(library, spec, data_dir)
     wanted = (split,) if split else _wanted(spec, train=train)
     name = next((name for name in wanted if name in splits), None)
     if name is None:
@@ -56,9 +60,15 @@ def open_hf(
         )
         raise UsageError(f"hf:{spec.what} has no split {' or '.join(wanted)}; it has {', '.join(splits)}", fix)
     rows = splits[name]
+    if not len(rows):
+        raise InputError(f"hf:{spec.what}, split {name} has no images", "choose another split")
     image = _image_column(library, spec, rows.features)
     classes, labels = _labels(library, spec, rows, where=f"hf:{spec.what}, split {name}")
-    table = rows.select_columns([image]).cast_column(image, library.Image(decode=False))
+    try:
+        table = rows.with_format(None).select_columns([image]).cast_column(image, library.Image(decode=False))
+    except Exception as error:  # pyarrow's, or whatever NumPy makes of other values
+        what = f"the column {image} of hf:{spec.what} holds no images: {first_line(error)}"
+        raise UsageError(what, "name another: hf:NAME,image=COLUMN") from error
     counts = np.bincount(labels, minlength=len(classes))
     missing = [classes[label] for label in np.flatnonzero(counts == 0)] if train else []
     return HuggingFaceSource(
@@ -71,7 +81,7 @@ def open_hf(
         where=f"hf:{spec.what}",
         mode=mode,
         fix=TRAINING_FIX if train else REPAIR,
-        notes=(f"no training images of {len(missing):,} classes, such as {missing[0]}",) if missing else (),
+        notes=(f"classes without training images: {len(missing):,}, such as {missing[0]}",) if missing else (),
     )
 
 
@@ -83,25 +93,41 @@ def _library() -> Any:
         raise UnavailableError(what, "pip install 'lsag[hf]'") from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    for name in ("datasets", "huggingface_hub"):  # what goes wrong there is also raised, and told in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return datasets
 
 
-def _loaded(library: Any, spec: DatasetSpec, data_dir: Path, *, download: bool) -> Any:
+@contextmanager
+def _connected(library: Any, *, download: bool) -> Iterator[None]:
+    """Without `download`, let the library not even ask the hub, which takes half a minute where there is no network."""
+    offline = library.config.HF_HUB_OFFLINE
+    library.config.HF_HUB_OFFLINE = offline or not download
+    try:
+        yield
+    finally:
+        library.config.HF_HUB_OFFLINE = offline
+
+
+def _loaded(library: Any, spec: DatasetSpec, data_dir: Path) -> Any:
     """The splits by name. UnavailableError for what is neither here nor to be had; InputError for what is damaged."""
     name, _, config = spec.what.partition(":")
     if not name:
         raise UsageError("hf: names no dataset", "give hf:NAME, or hf:parquet or hf:imagefolder with --data-dir")
-    local = Path(data_dir, name)
+    local = Path(seen_from(data_dir, name))
+    if local.is_file():
+        raise UsageError(f"hf:{spec.what} is a file", "name its folder, or give hf:parquet or hf:arrow with --data-dir")
     try:
         if name in BUILDERS:
             return library.load_dataset(name, config or None, data_dir=str(data_dir.absolute()))
         if any((local / file).is_file() for file in SAVED):
+            if config:
+                raise ValueError(f"{local} was saved by save_to_disk and has no configuration {config}")
             found = library.load_from_disk(str(local))
             return found if isinstance(found, dict) else {"train": found}
         if local.is_dir():
             return library.load_dataset(str(local.absolute()), config or None)
-        local_only = library.DownloadConfig(local_files_only=not download)
-        return library.load_dataset(name, config or None, download_config=local_only)
+        return library.load_dataset(name, config or None)
     except (library.exceptions.DatasetGenerationError, library.exceptions.DataFilesNotFoundError) as error:
         cause = error.__cause__ or error
         raise InputError(f"cannot read hf:{spec.what}: {first_line(cause)}", "check the files") from error
@@ -110,6 +136,12 @@ def _loaded(library: Any, spec: DatasetSpec, data_dir: Path, *, download: bool) 
             f"cannot read hf:{spec.what}: {first_line(error)}", "check its name and configuration"
         ) from error
     except Exception as error:  # the hub's client has errors of its own, and those of its connections
+        if name in BUILDERS or local.is_dir():
+            place = getattr(error, "filename", None)
+            reason = f"{first_line(error)}{f': {place}' if place else ''}"
+            raise InputError(
+                f"cannot read hf:{spec.what}: {reason}", "check the files, and the cache in $HF_HOME"
+            ) from error
         what = f"hf:{spec.what} is neither in {data_dir} nor to be had from the hub: {first_line(error)}"
         fix = "check the name and the connection; for one that asks for consent, log in with: hf auth login"
         raise UnavailableError(what, fix) from error
@@ -165,7 +197,9 @@ def _labels(library: Any, spec: DatasetSpec, rows: Any, *, where: str) -> tuple[
     for value in values.to_pylist():
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise UsageError(f"the column {column} of hf:{spec.what} holds no labels", "name it: hf:NAME,label=COLUMN")
-        words.append(str(value))
+        words.append(str(value).strip())
+    if "" in words.numbers:
+        raise InputError(f"{where} has images without a label", "choose another split")
     return classified(list(words.numbers), np.frombuffer(words.codes, np.int32), where=where)
 
 

@@ -9,8 +9,9 @@ from typing import BinaryIO
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+from lsag.data.storage import regular_file
 from lsag.data.transforms import upright
-from lsag.errors import InputError, UnreachableError, first_line
+from lsag.errors import InputError, UnavailableError, UnreachableError, first_line
 
 MAX_PIXELS, MAX_JPEG_PIXELS = 50_000_000, 200_000_000
 """Of a decoded image, and of a JPEG file, which is decoded at half its size if it has more than MAX_PIXELS."""
@@ -23,13 +24,6 @@ TRAINING_FIX = f"{REPAIR}, or train with --skip-broken"
 def open_image(path: Path, mode: str, *, fix: str = REPAIR) -> Image.Image:
     """Decode an image file as `decode` does. InputError also for anything that is not a regular file."""
     return decode(lambda: regular_file(path), mode, name=str(path), fix=fix)
-
-
-def regular_file(path: Path) -> BinaryIO:
-    """An open file. OSError for anything that is not a regular file: to open a pipe would wait for ever."""
-    if not path.is_file():
-        raise OSError("not a regular file" if path.exists() else "no such file")
-    return path.open("rb")
 
 
 def decode(opened: Callable[[], BinaryIO], mode: str, *, name: str, fix: str = REPAIR) -> Image.Image:
@@ -49,8 +43,8 @@ def decode(opened: Callable[[], BinaryIO], mode: str, *, name: str, fix: str = R
             image.load()
             _check_size(image)  # again, for an image inside an icon
             return upright(image, mode=mode)
-    except UnreachableError:
-        raise
+    except (UnreachableError, UnavailableError):
+        raise  # the image is not to blame
     except Exception as error:  # decoders raise anything on damaged files
         if getattr(error, "errno", None) == errno.EMFILE:
             raise  # the image is not to blame

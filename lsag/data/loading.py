@@ -36,7 +36,7 @@ LIMITS = {
     "AF_UNIX path too long": "set TMPDIR to a folder with a shorter name",
 }
 """What helps workers to pass on a batch, by words of the error that they fail with."""
-Item = tuple[Tensor, int] | InputError
+Item = tuple[Tensor, int] | LsagError
 
 
 def random_key(*parts: int | str) -> int:
@@ -63,7 +63,7 @@ class TrainSet(Dataset[Item]):
         torch.default_generator.manual_seed(key)
         try:
             image, label = self._load(*position)
-        except InputError as error:
+        except LsagError as error:
             return error  # raised in a worker, it would arrive as a traceback
         return self.transform(image), label
 
@@ -92,7 +92,7 @@ class EvalSet(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         try:
             image, label = self.source.load(index)
-        except InputError as error:
+        except LsagError as error:
             return error
         return self.transform(image), label
 
@@ -131,11 +131,7 @@ class EpochBatches(Sampler[list[tuple[int, ...]]]):
                 f"{num_images:,} training images do not fill one batch of {self.batch_size}",
                 "choose a smaller one with --set train.batch_size=N",
             )
-        if self.data.shards_at_once and shards is None:
-            raise UsageError(
-                f"shuffle {self.data.shuffle} is for tar shards, and {self.data.dataset} has none",
-                "--set data.shuffle=full",
-            )
+        self.data.check_shards(shards is not None)
 
     def __len__(self) -> int:
         return (self.num_steps - self.first_step) * len(self.slices)
@@ -323,7 +319,7 @@ def _leave_signals_to_parent(worker: int) -> None:
 
 
 def _collate(items: list[Any]) -> Any:
-    broken = next((item for item in items if isinstance(item, InputError)), None)
+    broken = next((item for item in items if isinstance(item, LsagError)), None)
     if broken is not None:
         return broken
     images, labels = zip(*items, strict=True)

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from decimal import Decimal
 from typing import BinaryIO, Protocol, Self
 
 import numpy as np
@@ -200,18 +201,36 @@ def classified(
     """The classes of labels that are written as `words[code]`, in order, and the number of each label, int32.
 
     Numbers are in numerical order, other words in alphabetical order. Of classes that are `known`, a word is the name
-    or the number. InputError for a word that is neither, or a negative number.
+    or the number. InputError for a word that is neither, of several lines or a negative number, for one word in two
+    Unicode forms, and among numbers for "nan" or one number that is written in two ways.
     """
-    if any(re.fullmatch(r"-\d+", word) for word in words):
+    if any(re.fullmatch(r"-\d+(\.0*)?", word) for word in words):
         raise InputError(f"{where} has images with a negative label", "leave out images without a label")
-    numeric = all(word.isdecimal() for word in words)
-    classes = list(known) or sorted(words, key=int if numeric else None)
+    if several := [word for word in words if len(word.splitlines()) > 1]:
+        raise InputError(f"{where} has the label {_named(several)}, which has several lines", "correct it")
+    values = {word: value for word in words if (value := _number(word)) is not None}
+    numeric = len(values) == len(words)
+    if not known:
+        if numeric and any(value.is_nan() for value in values.values()):
+            raise InputError(f"{where} has the label nan among numbers", "leave out images without a label")
+        written: dict[Decimal | str, str] = {}
+        for word in words:
+            meant = values[word] if numeric else unicodedata.normalize("NFC", word)
+            if (other := written.setdefault(meant, word)) != word:
+                reason = "which are one number" if numeric else "which differ in their Unicode form, NFC or NFD"
+                raise InputError(f"{where} has the labels {_named([other, word])}, {reason}", "write it in one way")
+    classes = list(known) or sorted(words, key=values.__getitem__ if numeric else None)
     numbers = {str(number): number for number in range(len(known))} | {name: n for n, name in enumerate(classes)}
     if strangers := [word for word in words if word not in numbers]:
         raise InputError(
             f"{where} has the label {_named(strangers)}, which is no class", "add it to the list of classes"
         )
     return classes, np.array([numbers[word] for word in words], np.int32)[codes]
+
+
+def _number(word: str) -> Decimal | None:
+    """The number that a label is, which may be NaN, as missing values are written; None for a name."""
+    return Decimal(word) if re.fullmatch(r"\d+(\.\d*)?|nan", word, re.IGNORECASE) else None
 
 
 def digest(parts: Iterable[str | bytes]) -> str:

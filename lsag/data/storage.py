@@ -36,21 +36,27 @@ def seen_from(folder: str | Path, path: str) -> str:
     """`path`, which may be absolute or a URL, as seen from `folder`, which may be a URL."""
     if is_url(path):
         return path
+    if path.split("/", 1)[0] == "~":  # which no shell expands after a colon
+        return os.path.expanduser(path)  # noqa: PTH111  Path raises an error where nobody's home is known
     return f"{str(folder).rstrip('/')}/{path}" if is_url(folder) else str(Path(folder, path))
 
 
-def expanded(pattern: str) -> list[str]:
-    """The files that a pattern with {000..146}, {a,b}, *, ? or [ab] names; the last three match what is there."""
+def expanded(pattern: str, folder: str | Path = "") -> list[str]:
+    """The files that a pattern with {000..146}, {a,b}, *, ? or [ab] names; the last three match what is there.
+
+    The pattern is seen from `folder`, in whose name these characters mean nothing.
+    """
     found: list[str] = []
     for path in _braces_expanded(pattern):
-        if not glob.has_magic(path):
-            found.append(path)
+        if not glob.has_magic(path) or (not is_url(path) and Path(seen_from(folder, path)).exists()):
+            found.append(seen_from(folder, path))
         elif is_url(path):
             protocol = path.partition("://")[0]
-            names = remote(path, lambda system, name: system.glob(name))
-            found += sorted(f"{protocol}://{str(name).lstrip('/')}" for name in names)
+            names = sorted(map(str, remote(path, lambda system, name: system.glob(name))))
+            found += (name if is_url(name) else f"{protocol}://{name}" for name in names)
         else:
-            found += sorted(glob.iglob(path))  # noqa: PTH207  Path has no patterns from the root on
+            inside = seen_from(glob.escape(str(folder)), path)
+            found += sorted(glob.iglob(inside))  # noqa: PTH207  Path has no patterns from the root on
         if len(found) > MAX_FILES:
             raise InputError(f"{pattern} names more than {MAX_FILES:,} files", "give a smaller range")
     return found
@@ -68,12 +74,19 @@ def _braces_expanded(pattern: str) -> Iterator[str]:
             yield f"{pattern[: match.start()]}{part}{rest}"
 
 
+def regular_file(path: Path) -> BinaryIO:
+    """An open file. OSError for anything that is not a regular file: to open a pipe would wait for ever."""
+    if not path.is_file():
+        raise OSError("not a regular file" if path.exists() else "no such file")
+    return path.open("rb")
+
+
 def version(path: str) -> Version:
     """The version of a file. InputError if it is not there."""
     if is_url(path):
         return remote(path, lambda system, name: (int(system.info(name)["size"]), str(system.ukey(name))))
-    with _readable(path):
-        return _version(Path(path).stat())
+    with _readable(path), regular_file(Path(path)) as file:
+        return _version(os.fstat(file.fileno()))
 
 
 def scanned(path: str, scan: Callable[[BinaryIO], T]) -> T:
@@ -85,7 +98,7 @@ def scanned(path: str, scan: Callable[[BinaryIO], T]) -> T:
 
     if is_url(path):
         return remote(path, scan_remote)
-    with _readable(path), Path(path).open("rb") as file:
+    with _readable(path), regular_file(Path(path)) as file:
         return scan(file)
 
 
@@ -93,8 +106,8 @@ def read(path: str) -> bytes:
     """The content of a file. InputError if it cannot be read."""
     if is_url(path):
         return remote(path, lambda system, name: system.cat_file(name))
-    with _readable(path):
-        return Path(path).read_bytes()
+    with _readable(path), regular_file(Path(path)) as file:
+        return file.read()
 
 
 def read_part(path: str, start: int, size: int, *, expected: Version) -> bytes:
@@ -162,7 +175,7 @@ def remote(path: str, action: Callable[[Any, str], T]) -> T:
             raise UnavailableError(what, "install it with pip") from error
         except FileNotFoundError as error:
             raise InputError(f"cannot read {path}: there is no such file", "check the URL") from error
-        except (PermissionError, ValueError, TypeError) as error:
+        except (IsADirectoryError, NotADirectoryError, PermissionError, ValueError, TypeError) as error:
             what = f"cannot read {path}: {first_line(error)}"
             raise InputError(what, "check the URL and your credentials") from error
         except Exception as error:  # each file system has its own
@@ -175,5 +188,11 @@ def remote(path: str, action: Callable[[Any, str], T]) -> T:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $XDG_CACHE_HOME/lsag, or ~/.cache/lsag."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lsag"
+    """Where what can be made again is kept: $XDG_CACHE_HOME/lsag, or ~/.cache/lsag.
+
+    UnavailableError where nobody's home is known, as in a container whose user has no name.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lsag"
+    except RuntimeError as error:
+        raise UnavailableError("there is no home folder", "set $HOME or $XDG_CACHE_HOME") from error

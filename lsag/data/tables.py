@@ -4,15 +4,16 @@ import csv
 import io
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from lsag.config import DatasetSpec
-from lsag.data.images import REPAIR, TRAINING_FIX, regular_file
+from lsag.data.images import REPAIR, TRAINING_FIX
 from lsag.data.sources import EVAL_SPLITS, EncodedSource, Names, Words, classified
-from lsag.data.storage import is_url, read, seen_from
+from lsag.data.storage import is_url, read, regular_file, seen_from
 from lsag.errors import InputError, UnavailableError, UsageError, first_line
 
 COLUMNS = {
@@ -52,7 +53,7 @@ def open_list(
     notes = _check_repeats(table, names, codes, list(words.numbers), splits)
     chosen = np.arange(len(names))
     if splits.numbers:
-        wanted = (split,) if split else ("train",) if train else EVAL_SPLITS
+        wanted = (split.lower(),) if split else ("train",) if train else EVAL_SPLITS
         number = next((splits.numbers[name] for name in wanted if name in splits.numbers), None)
         if number is None:
             raise InputError(
@@ -67,10 +68,17 @@ def open_list(
             f"{table} does not say which images are for evaluation",
             "add a column split, name another table with ,val=FILE.csv, or hold out images with --val-split 0.1",
         )
+    if own and not only:  # to evaluate, the images that were trained on need not be here
+        training = seen_from(data_dir, spec.what)
+        others, _, parts = _read(training, spec.settings)
+        rows = zip(others, parts.codes or repeat(None), strict=False)
+        trained = {seen_from(_folder(training), name) for name, part in rows if part == parts.numbers.get("train")}
+        if shared := sum(seen_from(_folder(table), names[row]) in trained for row in chosen.tolist()):
+            notes += (f"{shared:,} images of {table} are for training too: the accuracy counts them",)
     used = sorted(set(codes[chosen].tolist()))
     present = list(words.numbers)
     classes, labels = classified([present[code] for code in used], np.searchsorted(used, codes[chosen]), where=table)
-    folder = table.rpartition("/")[0] if is_url(table) else str(Path(table).parent)
+    folder = _folder(table)
     every = np.zeros(len(names), np.int32)
     every[chosen] = labels
     fix = TRAINING_FIX if train else REPAIR
@@ -79,31 +87,35 @@ def open_list(
     if not is_url(source.name(0)) and not first.is_file():
         raise InputError(
             f"{first}, the first image of {table}, is not there",
-            f"give paths relative to the folder of the table, {folder}",
+            "write paths with /" if "\\" in first.name else f"give paths relative to the folder of the table, {folder}",
         )
     return source
 
 
+def _folder(table: str) -> str:
+    return table.rpartition("/")[0] if is_url(table) else str(Path(table).parent)
+
+
 def _read(table: str, settings: dict[str, str]) -> tuple[Names, Words, Words]:
     """The images of a table, their labels and, where it has such a column, their splits."""
-    rows = _parquet(table) if table.endswith(".parquet") else _delimited(table)
-    header = next(rows, [])
-    columns = [_column(table, header, kind, settings.get(kind)) for kind in COLUMNS]
+    rows = _parquet(table) if table.lower().endswith(".parquet") else _delimited(table)
     labels, splits = Words(), Words()
 
     def images() -> Iterator[str]:
+        header = [name.strip() for name in next(rows, [])]
+        columns = [_column(table, header, kind, settings.get(kind)) for kind in COLUMNS]
         for number, row in enumerate(rows, start=2):
-            if not row:
+            if not any(map(str.strip, row)):
                 continue  # an empty line
             image, label, split = (
-                None if column is None else row[column] if column < len(row) else "" for column in columns
+                None if column is None else row[column].strip() if column < len(row) else "" for column in columns
             )
             if not image or not label or split == "":
                 missing = "image" if not image else "label" if not label else "split"
                 raise InputError(f"row {number} of {table} has no {missing}", "complete or remove the row")
             labels.append(label)
             if split:
-                splits.append(split)
+                splits.append(split.lower())
             yield image
 
     try:
@@ -116,11 +128,14 @@ def _read(table: str, settings: dict[str, str]) -> tuple[Names, Words, Words]:
 
 
 def _column(table: str, header: Sequence[str], kind: str, given: str | None) -> int | None:
-    """The place of a column. InputError if there is none; the split may be absent."""
+    """The place of a column. InputError if there is none, or two of one name; the split may be absent."""
     names = (given,) if given else COLUMNS[kind]
+    called = list(header) if given else [name.lower() for name in header]
     for name in names:
-        if name in header:
-            return header.index(name)
+        if called.count(name) > 1:
+            raise InputError(f"{table} has two columns {name}", "rename one of them")
+        if name in called:
+            return called.index(name)
     if kind == "split" and not given:
         return None
     found = ", ".join(header[:10])
@@ -133,12 +148,10 @@ def _column(table: str, header: Sequence[str], kind: str, given: str | None) -> 
 def _delimited(table: str) -> Iterator[list[str]]:
     """The rows of a table whose header tells whether commas, tabs or semicolons divide it."""
     text = io.TextIOWrapper(io.BytesIO(read(table)), encoding="utf-8-sig", newline="")
-    try:
-        first = text.readline()
-    except UnicodeDecodeError as error:
-        raise InputError(f"cannot read table {table}: {first_line(error)}", "save it as CSV in UTF-8") from error
+    first = text.readline()
     text.seek(0)
-    yield from csv.reader(text, delimiter=max(",\t;", key=first.count))
+    # strict: a quotation mark that nothing closes would make one cell of the rest of the table
+    yield from csv.reader(text, delimiter=max(",\t;", key=first.count), skipinitialspace=True, strict=True)
 
 
 def _parquet(table: str) -> Iterator[list[str]]:
@@ -149,7 +162,9 @@ def _parquet(table: str) -> Iterator[list[str]]:
         raise UnavailableError("Parquet needs the package pyarrow", "pip install 'lsag[hf]'") from error
     try:
         file: Any = parquet.ParquetFile(io.BytesIO(read(table)))
-        flat = [field.name for field in file.schema_arrow if not pyarrow.types.is_nested(field.type)]
+        kinds, schema = pyarrow.types, file.schema_arrow
+        others = (kinds.is_nested, kinds.is_binary, kinds.is_large_binary)  # such as the images themselves
+        flat = [field.name for field in schema if not any(holds(field.type) for holds in others)]
         yield flat
         for batch in file.iter_batches(columns=flat):
             columns = [[("" if value is None else str(value)) for value in column.to_pylist()] for column in batch]

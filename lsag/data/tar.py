@@ -14,7 +14,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -29,7 +29,7 @@ from lsag.data.storage import Version, cache_folder, expanded, is_url, read, rea
 from lsag.errors import InputError, OutputError, UsageError, first_line
 from lsag.files import CHUNK, replacing
 
-FORMAT = 1
+FORMAT = 2
 """Of a cached index."""
 REPORT_SECONDS = 5
 """Time between two lines on an index in the making."""
@@ -37,6 +37,8 @@ MAX_IMAGE, MAX_LABEL, MAX_WORD = 2**31, 2**20, 1000
 """Bytes of an image and of a file with a label, and characters of a label."""
 JSON_FIELDS = ("label", "cls")
 BLOCK = 512
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\3\4")
+"""How the files of gzip, bzip2, xz, zstd and zip begin."""
 CLASS_FILES = ("classes.txt", "classnames.txt")
 
 logger = logging.getLogger(__name__)
@@ -96,10 +98,16 @@ def open_tar(spec: DatasetSpec, data_dir: Path, mode: str, *, train: bool, split
     InputError for files that are missing or damaged, and for images without a label or with two.
     """
     shards = _shards(spec, data_dir, train=train, split=split, only=only)
-    for path in shards:
-        if path.endswith((".gz", ".tgz", ".xz", ".bz2", ".zst")):
-            raise InputError(f"{path} is compressed, so that no image can be read on its own", "decompress it")
+    if twice := [path for path, count in Counter(shards).items() if count > 1]:
+        raise InputError(f"the pattern {spec.what} names {twice[0]} twice", "name each file once")
     index = indexed(shards, image=spec.settings.get("image"), label=spec.settings.get("label"))
+    if not (train or split or only) and "val" in spec.settings:
+        both = set(shards).intersection(expanded(spec.what, data_dir))
+        if both:
+            note = (
+                f"{len(both):,} tar files are for training too, such as {min(both)}: the accuracy counts their images"
+            )
+            index = replace(index, notes=(*index.notes, note))
     where = shards[0] if len(shards) == 1 else f"{shards[0]} ... {shards[-1]}"
     classes, labels = classified(index.words, index.code, known=_known_classes(spec, data_dir, index), where=where)
     return TarSource(index, labels, classes, mode=mode, train=train)
@@ -113,32 +121,35 @@ def _shards(spec: DatasetSpec, data_dir: Path, *, train: bool, split: str | None
         if "val" in spec.settings:
             raise UsageError(f"{named} is a folder of train/*.tar and val/*.tar", "remove ,val=, or name files")
         for name in wanted:
-            if shards := expanded(f"{named}/{name}/*.tar"):
+            if shards := expanded("*.tar", Path(named, name)):
                 return shards
         expected = " or ".join(f"{named}/{name}/*.tar" for name in wanted[:2])
         raise InputError(f"no tar files in {named}: expected {expected}", "name them: tar:PATTERN,val=PATTERN")
     given = spec.settings.get("val")
+    pattern = spec.what
+    if split not in (None, "train", "val"):
+        raise UsageError(f"tar:{spec.what} has no split {split}", "--split train or --split val")
     if split == "val" or not (train or split or only):
         if given is None:
             raise InputError(
                 f"tar:{spec.what} does not say which images are for evaluation",
                 "name their files with ,val=PATTERN, or hold out training images with --val-split 0.1",
             )
-        named = seen_from(data_dir, given)
-    elif split not in (None, "train"):
-        raise UsageError(f"tar:{spec.what} has no split {split}", "--split train or --split val")
+        pattern = given
     elif only and not split and given:
-        named = seen_from(data_dir, given)
-    shards = expanded(named)
+        pattern = given
+    shards = expanded(pattern, data_dir)
     if not shards:
-        raise InputError(f"there are no files {named}", "check the pattern, which is relative to --data-dir")
+        raise InputError(
+            f"there are no files {seen_from(data_dir, pattern)}", "check the pattern, which is relative to --data-dir"
+        )
     return shards
 
 
 def _known_classes(spec: DatasetSpec, data_dir: Path, index: Index) -> list[str]:
     """The names of the classes, one in each line of the file that is named.
 
-    For labels that are numbers, by default of classes.txt beside the shards or in the folder above.
+    For labels that are numbers, by default of classes.txt beside the shards, in the folder above or in its train/.
     """
     shard = index.shards[0]
     if given := spec.settings.get("classes"):
@@ -146,11 +157,15 @@ def _known_classes(spec: DatasetSpec, data_dir: Path, index: Index) -> list[str]
     elif is_url(shard) or not all(word.isdecimal() for word in index.words):
         return []
     else:
-        above = Path(shard).absolute().parents[:2]
-        path = next((str(folder / name) for folder in above for name in CLASS_FILES if (folder / name).is_file()), "")
+        beside = Path(shard).absolute().parent
+        folders = beside, beside.parent, beside.parent / "train"
+        path = next((str(folder / name) for folder in folders for name in CLASS_FILES if (folder / name).is_file()), "")
         if not path:
             return []
-    names = [line.strip() for line in read(path).decode("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
+    try:
+        names = [line.strip() for line in read(path).decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read {path}: {first_line(error)}", "save it in UTF-8") from error
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"{path} names {repeated[0]} twice", "give each class a name of its own")
     return names
@@ -237,7 +252,7 @@ def _made(shards: Sequence[str], versions: Sequence[Version], *, image: str | No
     packed = Names(names())
     if not len(packed):
         raise InputError(f"there are no images in {shards[0]}{because(unused)}", "check the pattern")
-    where = shards[0].rpartition("/")[0]
+    where = shards[0].rpartition("/")[0] or "."
     return Index(
         list(shards),
         list(versions),
@@ -277,12 +292,16 @@ def _scan(file: BinaryIO, path: str, length: int, image: str | None, label: str 
         if suffix in (".cls", ".json"):
             kind, key = suffix[1:], _key(name)
             if kind in words.setdefault(key, {}):
-                raise InputError(f"{key} in {path} has two files {suffix}", "remove one of them")
+                raise InputError(
+                    f"{key} in {path} has two files {suffix}", "remove one; a key ends at the first dot of a name"
+                )
             file.seek(start)
             word = _label(file.read(min(size, MAX_LABEL)), kind, label, f"{name} in {path}")
             if word is not None:
                 words[key][kind] = word
-        elif suffix in decodable() and (image is None or name.lower().endswith(f".{image.lower()}")):
+        elif suffix in decodable() and (image is None or name.lower().endswith(f".{image.lower().lstrip('.')}")):
+            if size > MAX_IMAGE:
+                raise InputError(f"{name} in {path} has {size:,} bytes, too many for an image", "remove it")
             found.append((name, start, size))
         else:
             unused[suffix or "without an extension"] += 1
@@ -296,10 +315,11 @@ def _scan(file: BinaryIO, path: str, length: int, image: str | None, label: str 
             what = f"{key} in {path} has two images, {seen[key]} and {name}"
             raise InputError(what, "name the extension to take: ,image=jpg")
         seen[key] = name
-        labels = set(words.pop(key, {}).values())
+        described = words.pop(key, None)
+        labels = set((described or {}).values())
         if len(labels) != 1:
             what = f"{key} in {path} has " + (f"two labels, {' and '.join(sorted(labels))}" if labels else "no label")
-            fix = "say which counts: ,label=cls or ,label=FIELD of the JSON" if labels else f"add {key}.cls"
+            fix = f"add {key}.cls" if described is None else "say which counts: ,label=cls or ,label=FIELD of the JSON"
             raise InputError(what, fix)
         images.append(_Image(name, start, size, *labels))
     unused["unmatched labels"] += len(words)
@@ -308,19 +328,25 @@ def _scan(file: BinaryIO, path: str, length: int, image: str | None, label: str 
 
 def _files(file: BinaryIO, path: str, length: int, unused: Counter[str]) -> Iterator[tuple[str, int, int]]:
     """Name, first byte and size of each regular file; one in a tar file inside, CLASS.tar, is called CLASS/NAME."""
-    for member in _members(file, path, 0, length):
-        parts = PurePosixPath(member.name).parts
-        if member.isdir():
+    for name, start, size in _regular(_members(file, path, 0, length), path, unused):
+        if not name.lower().endswith(".tar"):
+            yield name, start, size
             continue
+        inside = f"{name} in {path}"
+        for inner, inner_start, inner_size in _regular(_members(file, inside, start, start + size), inside, unused):
+            yield f"{PurePosixPath(name).stem}/{inner}", inner_start, inner_size
+
+
+def _regular(members: Iterator[tarfile.TarInfo], path: str, unused: Counter[str]) -> Iterator[tuple[str, int, int]]:
+    """The regular files that are not hidden; their names are without what leads nowhere, as in ./ and ../."""
+    for member in members:
+        parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
         if not member.isreg():
-            unused["links and special files"] += 1
+            unused["links"] += member.issym() or member.islnk()
         elif any(part.startswith(".") or part in NEVER_DATA for part in parts):
             unused["hidden"] += 1
-        elif member.name.lower().endswith(".tar"):
-            inside = f"{member.name} in {path}"
-            for inner in _members(file, inside, member.offset_data, member.offset_data + member.size):
-                if inner.isreg():
-                    yield f"{PurePosixPath(member.name).stem}/{inner.name}", inner.offset_data, inner.size
+        elif member.sparse is not None:
+            raise InputError(f"{member.name} in {path} is stored in parts, without its zeros", "make it without tar -S")
         else:
             yield "/".join(parts), member.offset_data, member.size
 
@@ -332,10 +358,15 @@ def _members(file: BinaryIO, path: str, start: int, end: int) -> Iterator[tarfil
         archive = tarfile.TarFile(fileobj=file)
         while member := archive.next():
             archive.members.clear()  # type: ignore[attr-defined]  # which would hold every member
-            if member.offset_data + member.size > end or member.size > MAX_IMAGE:
-                raise tarfile.ReadError(f"{member.name} is cut off or too large")
+            stored = 0 if member.sparse is not None else member.size  # that of a sparse file is not what is stored
+            if member.offset_data + stored > end:
+                raise tarfile.ReadError(f"{member.name} is cut off")
             yield member
     except (tarfile.TarError, ValueError) as error:
+        file.seek(start)
+        if file.read(6).startswith(COMPRESSED):
+            what = f"{path} is compressed, so that no image can be read on its own"
+            raise InputError(what, "decompress it") from error
         raise InputError(f"{path} is not a whole tar file: {first_line(error)}", "copy it again") from error
     file.seek(archive.offset)
     if len(mark := file.read(BLOCK)) < BLOCK or any(mark):  # tarfile takes anything that is no header for the end
@@ -349,6 +380,8 @@ def _members(file: BinaryIO, path: str, start: int, end: int) -> Iterator[tarfil
 def _in_folders(found: Sequence[tuple[str, int, int]], path: str) -> Iterator[_Image]:
     """Images with the name of the folder that they are in as their label. InputError if it is not clear."""
     folders: dict[str, str] = {}
+    if twice := [name for name, count in Counter(name for name, _, _ in found).items() if count > 1]:
+        raise InputError(f"{path} has {twice[0]} twice", "make it anew: tar -r and -u keep the old version of a file")
     for name, start, size in found:
         folder = name.rpartition("/")[0]
         label = folder.rpartition("/")[2]
@@ -371,16 +404,19 @@ def _label(content: bytes, kind: str, wanted: str | None, name: str) -> str | No
     if wanted is not None and (wanted == "cls") != (kind == "cls"):
         return None
     try:
-        value: Any = content.decode().strip()
+        value: Any = content.decode("utf-8-sig").strip()
         if kind == "json":
             fields = json.loads(value)
+            if not isinstance(fields, dict):
+                raise ValueError("no object with fields")
             value = next((fields[field] for field in ([wanted] if wanted else JSON_FIELDS) if field in fields), None)
             if value is None:
                 return None
             if isinstance(value, bool) or not isinstance(value, int | str):
                 raise ValueError("neither a number nor a name")
-        if value == "" or len(str(value)) > MAX_WORD:
+            value = str(value).strip()
+        if value == "" or len(value) > MAX_WORD:
             raise ValueError("empty" if value == "" else "too long")
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{name} holds no label: {first_line(error)}", "correct or remove it") from error
-    return str(value)
+    return value

@@ -16,7 +16,7 @@ from lsag.config import Preset
 from lsag.data.images import open_image
 from lsag.data.sources import Source
 from lsag.data.transforms import upright
-from lsag.errors import InputError
+from lsag.errors import InputError, UnreachableError
 from lsag.machine import available_cores
 
 
@@ -58,13 +58,16 @@ def predict(
 ) -> Iterator[Prediction]:
     """Yield the `top_k` likeliest classes of each image, in order; only a few batches are held in memory.
 
-    An image that cannot be read yields a Prediction with its `error`. InputError for outputs that are not finite.
+    An image that cannot be read yields a Prediction with its `error`. InputError for outputs that are not finite,
+    UnreachableError for a lost connection.
     """
     remaining = _named(images, model.preset.image_mode)
 
     def load(opened: Callable[[], Image.Image]) -> Tensor | InputError:
         try:
             return model.transform(opened())
+        except UnreachableError:
+            raise
         except InputError as error:
             return error
 

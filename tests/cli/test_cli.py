@@ -146,6 +146,9 @@ def test_a_plan_counts_the_images_of_a_folder(lsag, folder):
     elsewhere = lsag(*asked, "--data-dir", "elsewhere")
     assert elsewhere.returncode == 0 and "as many steps as the images fill batches" in elsewhere.stdout
     assert elsewhere.stderr.startswith("images are not counted: no image folder in elsewhere/")
+    for where in (["--data-dir", folder], ["--dataset", "cifar10"]):
+        done = lsag(*asked, *where, "--set", "data.shuffle=shards:2")
+        assert_refused(done, 2, "shuffle shards:2 is for tar shards")
 
 
 def test_flops_lists_every_preset_with_the_papers_figures(lsag):

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lsag.inference.evaluate import Metrics, evaluate
 from lsag.inference.figures import counts
 from lsag_cli.evaluate import evaluate as command
 from tests.conftest import TINY, assert_refused
+from tests.layouts import as_table, as_webdataset
 
 SIZES = {"count": 23, "batch_size": 5, "num_classes": 7}
 
@@ -101,6 +103,15 @@ def test_a_picture_that_nobody_asked_for_is_no_error(lsag, split_data):
     assert "no picture of the confusion matrix: cannot write run/best-pt-folder-confusion.png" in done.stderr
     result = json.loads(lsag("eval", "run/best.pt", "--data-dir", ".", "--json").stdout)
     assert result["ok"] and result["plot"] is None
+
+
+def test_the_picture_is_named_after_any_dataset(lsag, split_data):
+    as_webdataset(split_data, split_data)
+    as_table(split_data, split_data)
+    for dataset, name in (("tar:./val/*.tar", "tar-.-val-.tar"), (f"list:{split_data}/images.csv", "-images.csv")):
+        done = lsag("eval", "run/best.pt", "--dataset", dataset)
+        assert done.returncode == 0, done.stderr
+        assert f"{name}-confusion.png" in done.stderr and Path(split_data, done.stderr.split()[-1]).is_file()
 
 
 def test_the_number_of_images_is_known_from_the_start(split_data):

@@ -12,8 +12,9 @@ from PIL import Image
 
 from lsag import load_checkpoint, load_preset
 from lsag.checkpoint import Checkpoint, random_checkpoint, save_checkpoint
+from lsag.data.splits import open_split
 from lsag.data.transforms import eval_transform
-from lsag.errors import InputError
+from lsag.errors import InputError, UnreachableError
 from lsag.inference.classifier import open_model
 from lsag.inference.export import export_onnx
 from lsag.inference.predict import predict
@@ -78,9 +79,16 @@ def test_images_of_a_dataset_are_classified_and_explained(lsag, model, folder):
         (["explain", model, "a.png", "--index", "1"], 2, "are for --dataset"),
         (["explain", model, *dataset, "--index", "4"], 2, "--index 4 is beyond the 4 images"),
         (["predict", model, "--dataset", "nothing"], 2, "unknown dataset 'nothing'"),
-        (["predict", model, "--dataset", "list:none.csv"], 3, "cannot read none.csv: No such file"),
+        (["predict", model, "--dataset", "list:none.csv"], 3, "cannot read none.csv: no such file"),
     ):
         assert_refused(lsag(*arguments), code, words)
+
+
+def test_a_lost_connection_is_no_broken_image(model, folder, monkeypatch):
+    source = open_split(as_table(folder, folder), folder, train=True, mode="RGB")
+    monkeypatch.setattr(source, "open", mock.Mock(side_effect=UnreachableError("cannot reach it")))
+    with pytest.raises(UnreachableError):
+        next(predict(open_model(model, device="cpu"), source))
 
 
 def test_a_checkpoint_and_its_graph_agree(lsag, model, folder):

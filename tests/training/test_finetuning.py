@@ -3,11 +3,13 @@
 import csv
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from lsag import LSAG, load_checkpoint, load_preset
 from lsag.checkpoint import random_checkpoint, save_checkpoint
@@ -17,6 +19,7 @@ from lsag.presets import for_fine_tuning
 from lsag.training.begin import data_parallel, initialise_from
 from lsag.training.events import Epoch
 from lsag.training.optim import make_optimizer
+from lsag_cli.app import app
 from lsag_cli.train import checkpoint_preset
 from tests.conftest import ABLATIONS, assert_equal, assert_refused, changed, newest, run, small_config, stop_after
 
@@ -77,7 +80,7 @@ def test_rows_of_the_head_follow_the_names_of_their_classes(tmp_path, preset, ti
     [
         (("cat", "dog", "frog"), False, None),
         (("frog", "dog", "cat"), False, "head: rows of frog, dog, cat kept"),
-        (("cat",), False, "head: rows of cat kept"),
+        (("frog", "cat"), False, "head: rows of frog, cat kept"),
         (("cat", "dog", "frog"), True, "a new head for 3 classes"),
         (("ant", "bee"), False, "a new head for 2 classes"),
         (("cat", *"abcdefg"), False, "head: rows of cat kept, of a, b, c, d, e and 2 more new"),
@@ -138,6 +141,16 @@ def test_a_short_training_has_a_short_warm_up(lsag, tmp_path):
     done = lsag("train", f"--set={STAGES}", "--epochs", 1, "--out", "run")
     assert done.returncode == 0 and "the warm-up takes 0.2 instead of 3 epochs" in done.stderr
     assert json.loads((tmp_path / "run/preset.json").read_text())["train"]["warmup_epochs"] == 0.2
+
+
+def test_images_that_have_to_be_counted_are_downloaded(tmp_path, preset, monkeypatch):
+    save(tmp_path / "best.pt", preset, ("cat", "dog", "frog"))
+    asked = ["train", "--init-from", str(tmp_path / "best.pt"), "--dataset", "hf:someone/something", "--device", "cpu"]
+    count = Mock(side_effect=UsageError("enough"))
+    monkeypatch.setattr("lsag_cli.train.count_images", count)
+    for options, expected in (([], True), (["--no-download"], False), (["--dry-run"], False)):
+        CliRunner().invoke(app, [*asked, *options])
+        assert count.call_args.kwargs == {"download": expected}
 
 
 def test_photographs_of_ones_own_in_one_command(lsag, tmp_path, preset, photos):
