@@ -81,7 +81,7 @@ def _build(variant: str, **arguments: Any) -> LSAG:
 
 def _register(variant: str) -> None:
     def fitting(weights: Any, model: LSAG) -> Any:
-        resize_positions(weights, _preset_model(PRESETS[variant]), model.config)
+        resize_positions(weights, model.config)
         return weights
 
     def create(pretrained: bool = False, **arguments: Any) -> Any:

@@ -73,8 +73,8 @@ def presets(as_json: Json = False) -> None:
         )
     say_table(columns, rows, drop=("epochs", "image size", "training"))
     say_prose("training: 3 x 2 x MACs executed x images x epochs. See one with: lsag train --preset NAME --dry-run")
-    trained = ", ".join(f"{name} ({percent(card.top1)})" for name, card in cards().items())
-    say_prose(f"Trained weights come with {trained}: try: lsag eval digits-nano")
+    trained = " and ".join(f"{name} ({percent(card.top1)})" for name, card in cards().items())
+    say_prose(f"{trained} come with trained weights. Try them with: lsag eval digits-nano")
     say_prose("NAME-a to -e, -full, -i and -ii are the paper's ablations of any preset, such as cifar-nano-a.")
 
 

@@ -15,7 +15,7 @@ import lsag.weights
 from lsag.checkpoint import load_checkpoint
 from lsag.errors import DamagedError, InputError
 from lsag.weights import FILES, cards, model_file
-from tests.conftest import assert_refused, shared
+from tests.conftest import assert_equal, assert_refused, shared
 
 NAMES = list(cards())
 
@@ -90,7 +90,7 @@ def test_a_photograph_is_classified_in_python(photo):
         model.predict(photo.parent / "missing.png")
 
 
-def test_timm_creates_trained_models():
+def test_timm_creates_trained_models(tmp_path):
     images = torch.randn(2, 3, 32, 32)
     model = timm.create_model("lsag_cifar_nano", pretrained=True).eval()
     assert torch.equal(model(images), load_checkpoint("cifar-nano").model(images))
@@ -98,6 +98,11 @@ def test_timm_creates_trained_models():
     other = timm.create_model("lsag_cifar_nano", pretrained=True, num_classes=3, in_chans=1, img_size=64).eval()
     assert other(torch.randn(2, 1, 64, 64)).shape == (2, 3)
     assert torch.equal(other.stages[0].blocks[1].mlp[0].weight, model.stages[0].blocks[1].mlp[0].weight)
+    torch.save(other.state_dict(), tmp_path / "own.pt")  # as timm's --pretrained-path gives it, of another image size
+    own = {"file": str(tmp_path / "own.pt"), "num_classes": 3, "input_size": (1, 64, 64)}
+    arguments = {"num_classes": 3, "in_chans": 1, "img_size": 64, "pretrained_cfg_overlay": own}
+    again = timm.create_model("lsag_cifar_nano", pretrained=True, **arguments)
+    assert_equal(again.state_dict(), other.state_dict())
     with pytest.raises(InputError, match=r"no trained weights of cifar-tiny .* lsag train --preset cifar-tiny"):
         timm.create_model("lsag_cifar_tiny", pretrained=True)
 

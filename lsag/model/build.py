@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -183,11 +184,12 @@ def set_recompute(model: nn.Module, recompute: Recompute) -> None:
             raise UsageError(f"timm's {type(model).__name__} cannot recompute", "remove --recompute") from error
 
 
-def resize_positions(weights: dict[str, Tensor], old: ModelConfig, new: ModelConfig) -> list[str]:
-    """Resize LSAG's position embeddings among `weights` from one image size to another (bicubic); a note for each."""
+def resize_positions(weights: dict[str, Tensor], config: ModelConfig) -> list[str]:
+    """Resize LSAG's position embeddings among `weights` to another image size (bicubic); a note for each."""
     notes = []
     keys = [key for key in weights if key.endswith("pos")]
-    for key, before, after in zip(keys, old.grid_sizes, new.grid_sizes, strict=False):
+    for key, after in zip(keys, config.grid_sizes, strict=False):
+        before = math.isqrt(len(weights[key]))
         if before != after:
             grid = weights[key].flatten(1).T.unflatten(1, (before, before))[None]
             resized = F.interpolate(grid, size=(after, after), mode="bicubic", antialias=True)[0]

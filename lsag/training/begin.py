@@ -140,7 +140,7 @@ def initialise_from(
         head = {key: value for key, value in wanted.items() if key.startswith(prefixes)}
         notes.append(_replace_head(weights, head, old=() if reset_head else found.classes, new=classes))
     if isinstance(model, LSAG) and isinstance(found.model, LSAG):
-        notes += resize_positions(weights, found.model.config, model.config)
+        notes += resize_positions(weights, model.config)
     try:
         check_weights(weights, wanted)
     except ValueError as error:
